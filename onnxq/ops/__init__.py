@@ -1,0 +1,63 @@
+"""The ops of the domain ``onnxq``: their names, their function bodies, and the nodes that use them.
+
+A new op is one module here that defines its body, one line in `_BODIES`, and its kernel in ``custom_ops``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx_ir as ir
+
+from onnxq.errors import ModelError
+from onnxq.ops import lowbit, lowbit_legacy
+
+DOMAIN = "onnxq"
+OPSET_VERSION = 1
+LAYOUT_VERSION = 1
+OLDEST_OPSET = 13
+"""The oldest opset of the default domain that the function bodies can be written in."""
+FUSING_OPSET = 21
+"""From here on stock ONNX Runtime folds a low-bit weight to its own 8-bit form instead of float32."""
+
+_BODIES = {
+    "LowBitMatMul": (lowbit.LowBitMatMul, lowbit_legacy.LowBitMatMul),
+    "LowBitGather": (lowbit.LowBitGather, lowbit_legacy.LowBitGather),
+}
+
+
+def op_types() -> tuple[str, ...]:
+    """Names of the ops that the kernel library implements."""
+    return tuple(_BODIES)
+
+
+@functools.cache
+def _protos(op_type: str, modern: bool) -> tuple[object, ...]:
+    function = _BODIES[op_type][0 if modern else 1]
+    # Callers come before callees here, and the reference evaluator wants it the other way round.
+    callees = reversed(function.function_ir.get_called_functions().values())
+    return tuple(callee.to_function_proto() for callee in callees) + (function.to_function_proto(),)
+
+
+def functions_for(op_type: str, opset: int) -> list[ir.Function]:
+    """The body of an op and the functions that it calls, for a model of the given opset.
+
+    Args:
+        op_type: a name of `op_types`.
+        opset: version of the default domain that the model imports; the functions will import the same.
+
+    Returns:
+        New functions, callees first.
+
+    Raises:
+        ModelError: the opset is older than any body that can be written.
+    """
+    if opset < OLDEST_OPSET:
+        raise ModelError(
+            f"opset {opset} is too old: {op_type} needs opset {OLDEST_OPSET} or newer (21 is best). "
+            "Export the model again with `onnxq export --opset 21`, or raise it with onnx's version converter."
+        )
+    functions = [ir.from_proto(proto) for proto in _protos(op_type, opset >= FUSING_OPSET)]
+    for function in functions:
+        function.opset_imports[""] = opset
+    return functions
