@@ -1,0 +1,1 @@
+"""Finding the kernel library and opening sessions with it."""
