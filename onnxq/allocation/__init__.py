@@ -1,0 +1,1 @@
+"""Spending a budget of bits over the weights of a model."""

@@ -1,0 +1,118 @@
+"""One choice per weight, from measured rate-distortion curves, under a ceiling.
+
+Each weight offers points (bits, loss). The best choice for a multiplier lies on the lower convex hull of its points,
+so walking all hulls at once by falling gain per bit is the Lagrangian solution for every budget in turn; what the
+last step leaves over is then spent on single moves that still fit. Sizes come from the formats alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import re
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
+
+from onnxq.errors import BudgetError
+
+T = TypeVar("T")
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]?)(i?)[bB]?\s*")
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point(Generic[T]):
+    """One way to store a weight.
+
+    Attributes:
+        bits: its exact price, side data and padding counted.
+        loss: its distortion, in the same unit for every weight.
+        choice: what it stands for, such as a format.
+    """
+
+    bits: int
+    loss: float
+    choice: T
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``20MB`` (powers of 1000) or ``20MiB`` (powers of 1024).
+
+    Raises:
+        BudgetError: not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise BudgetError(f"{text!r} is no size. Write a number and a unit, such as 20MB or 512KiB.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
+
+
+def lower_hull(points: Sequence[Point[T]]) -> list[Point[T]]:
+    """The points that are best for some multiplier, by rising bits and falling loss."""
+    hull: list[Point[T]] = []
+    for point in sorted(points, key=lambda p: (p.bits, p.loss)):
+        if hull and point.loss >= hull[-1].loss:
+            continue
+        while len(hull) >= 2 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: Point[T], b: Point[T]) -> float:
+    """Loss saved per bit."""
+    return (a.loss - b.loss) / (b.bits - a.bits)
+
+
+def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict[str, Point[T]]:
+    """Chooses a point of every curve so that the bits stay within the budget and the summed loss is small.
+
+    Args:
+        curves: the points of each weight; at least one each.
+        budget_bits: ceiling of the summed bits.
+
+    Raises:
+        BudgetError: the cheapest points together are above the budget; the message says the floor.
+    """
+    hulls = {name: lower_hull(points) for name, points in curves.items()}
+    chosen = {name: 0 for name in hulls}
+    spent = sum(hull[0].bits for hull in hulls.values())
+    if spent > budget_bits:
+        raise BudgetError(
+            f"The budget of {budget_bits / 8:,.0f} bytes for {len(hulls)} weights is below the floor of "
+            f"{spent / 8:,.0f} bytes, the cheapest that the allowed formats come to."
+        )
+    steps = [(-_slope(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        hull, index = hulls[name], chosen[name]
+        extra = hull[index + 1].bits - hull[index].bits
+        if spent + extra > budget_bits:
+            continue
+        spent += extra
+        chosen[name] = index + 1
+        if index + 2 < len(hull):
+            heapq.heappush(steps, (-_slope(hull[index + 1], hull[index + 2]), name))
+    picks = {name: hulls[name][index] for name, index in chosen.items()}
+    return _spend_rest(curves, picks, budget_bits - spent)
+
+
+def _spend_rest(
+    curves: Mapping[str, Sequence[Point[T]]], picks: dict[str, Point[T]], rest: int
+) -> dict[str, Point[T]]:
+    """Single moves, off the hull too, that still fit, the greatest saving first."""
+    while True:
+        moves = [
+            (picks[name].loss - point.loss, name, point)
+            for name, points in curves.items()
+            for point in points
+            if point.loss < picks[name].loss and point.bits - picks[name].bits <= rest
+        ]
+        if not moves:
+            return picks
+        _, name, point = max(moves, key=lambda move: (move[0], move[1]))
+        rest -= point.bits - picks[name].bits
+        picks[name] = point

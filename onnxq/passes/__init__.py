@@ -1,0 +1,1 @@
+"""Graph passes: onnx-ir passes that put encoded weights into a model."""

@@ -1,0 +1,187 @@
+"""Forms that stock ONNX Runtime runs fast by itself.
+
+`DequantizeForm` is standard ONNX: a blocked DequantizeLinear on [K, N] with axis 0 straight into MatMul, the one
+arrangement that ONNX Runtime fuses, and that GPU and NPU providers read. `BlockForm` is ONNX Runtime's own pair
+MatMulNBits and GatherBlockQuantized over one initializer: for tables, for weights tied between a table and a product
+(a DequantizeLinear with two readers is not fused), and for 2 bits below opset 25.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.formats.packing import ceil_div
+from onnxq.formats.uniform import UniformEncoding, ZeroPoint
+from onnxq.passes.forms.base import StoredWeight, constant
+
+_UNSIGNED = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
+_SIGNED = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
+OLDEST_OPSET = {2: 25, 4: 21, 8: 21}
+"""First opset whose DequantizeLinear takes blocks of the width."""
+_FAST_BLOCKS = (128, 64, 32)
+
+
+def stock_refusal(encoding: UniformEncoding) -> str | None:
+    """Why an encoding has no stock form, or None."""
+    bits = encoding.format.bits
+    if bits not in _UNSIGNED:
+        return f"stock ONNX Runtime has 2, 4 and 8 bits, not {bits}"
+    if not encoding.format.zero_point.whole and bits != 8:
+        return f"stock ONNX Runtime needs whole zero points at {bits} bits, not {encoding.format.zero_point.value}"
+    if not encoding.format.zero_point.whole and encoding.format.zero_point is ZeroPoint.MIDRISE:
+        return "stock ONNX Runtime needs whole zero points, not midrise"
+    return None
+
+
+def dequantize_refusal(encoding: UniformEncoding, opset: int) -> str | None:
+    """Why an encoding can't be a DequantizeLinear that ONNX Runtime fuses rightly, or None."""
+    bits = encoding.format.bits
+    if opset < OLDEST_OPSET[bits]:
+        return f"DequantizeLinear takes {bits}-bit blocks from opset {OLDEST_OPSET[bits]} on"
+    if bits == 2 and encoding.shape[0] % 4:
+        # Seen with ONNX Runtime 1.32: the fusion reads four codes to a byte along N as if rows began whole bytes.
+        return "ONNX Runtime fuses 2-bit weights wrongly when N is no multiple of 4"
+    return None
+
+
+def block_size(encoding: UniformEncoding) -> int:
+    """The widest block that ONNX Runtime has a fast kernel for and that a group is made of."""
+    group = encoding.format.effective_group(encoding.shape[1])
+    return next(block for block in _FAST_BLOCKS if group % block == 0)
+
+
+def block_side_data(encoding: UniformEncoding) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales, float16 or float32 [N, blocks], and whole zero points, uint8 [N, blocks] or None when shared.
+
+    Scales are float16 where the gain can be folded in without loss.
+    """
+    _, k = encoding.shape
+    block = block_size(encoding)
+    repeat = encoding.format.effective_group(k) // block
+    blocks = ceil_div(k, block)
+    scales = np.repeat(encoding.effective_scales(), repeat, axis=1)[:, :blocks]
+    half = scales.astype(np.float16)
+    if np.array_equal(half.astype(np.float32), scales):
+        scales = half
+    if encoding.format.zero_point.shared:
+        return scales, None
+    zeros = encoding.zero_points >> (8 - encoding.format.bits)
+    return scales, np.repeat(zeros, repeat, axis=1)[:, :blocks]
+
+
+def _float_scales(tape: ir.tape.Tape, scales: ir.Value) -> ir.Value:
+    if scales.dtype == ir.DataType.FLOAT:
+        return scales
+    return tape.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
+
+
+def _pack_fields(values: np.ndarray, bits: int) -> np.ndarray:
+    """Packs values uint8 [N, C] low-first into bytes [N, ceil(C * bits / 8)]."""
+    fields = 8 // bits
+    n, columns = values.shape
+    padded = np.zeros((n, ceil_div(columns, fields) * fields), np.uint8)
+    padded[:, :columns] = values
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(padded.reshape(n, -1, fields) << shifts, axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DequantizeForm:
+    """DequantizeLinear(codes [K, N], scales [blocks, N], axis 0) straight into MatMul."""
+
+    name: str = "DequantizeLinear"
+
+    def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
+        """See `Form.arrays`."""
+        bits = encoding.format.bits
+        scales, zeros = block_side_data(encoding)
+        arrays = {"scales": np.ascontiguousarray(scales.T)}
+        if zeros is None:
+            centred = encoding.codes.astype(np.int16) - (1 << (bits - 1))
+            return {"codes": np.ascontiguousarray(centred.T).astype(_SIGNED[bits]), **arrays}
+        dtype = _UNSIGNED[bits]
+        codes = np.ascontiguousarray(encoding.codes.T).astype(dtype)
+        return {"codes": codes, **arrays, "zero_points": np.ascontiguousarray(zeros.T).astype(dtype)}
+
+    def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
+        """See `Form.attributes`."""
+        return {"axis": 0, "block_size": block_size(encoding)}
+
+    def linear(self, tape: ir.tape.Tape, x: ir.Value, weight: StoredWeight, bias: ir.Value | None) -> ir.Value:
+        """See `Form.linear`."""
+        tensors = dict(weight.tensors)
+        tensors["scales"] = _float_scales(tape, tensors["scales"])
+        matrix = tape.op("DequantizeLinear", list(tensors.values()), weight.attributes)
+        product = tape.op("MatMul", [x, matrix])
+        return product if bias is None else tape.op("Add", [product, bias])
+
+    def table(self, tape: ir.tape.Tape, indices: ir.Value, weight: StoredWeight) -> ir.Value:
+        """See `Form.table`."""
+        raise NotImplementedError("a table takes the block form: a dequantised table would be float32 at run time")
+
+    def functions(self, weight: StoredWeight, *, linear: bool, table: bool) -> tuple[str, ...]:
+        """See `Form.functions`."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockForm:
+    """MatMulNBits and GatherBlockQuantized of the domain com.microsoft over one initializer [N, K * bits / 8].
+
+    Attributes:
+        accuracy_level: of MatMulNBits; 4 computes with int8 activations, the only fast one at 2 and 8 bits.
+    """
+
+    accuracy_level: int = 4
+    name: str = "MatMulNBits"
+
+    def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
+        """See `Form.arrays`."""
+        n, k = encoding.shape
+        bits = encoding.format.bits
+        block = block_size(encoding)
+        scales, zeros = block_side_data(encoding)
+        codes = np.zeros((n, ceil_div(k, block) * block), np.uint8)
+        codes[:, :k] = encoding.codes
+        if zeros is None:
+            zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+        return {
+            "codes": _pack_fields(codes, bits),
+            "scales": np.ascontiguousarray(scales),
+            "zero_points": _pack_fields(zeros, bits),
+        }
+
+    def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
+        """See `Form.attributes`."""
+        return {"bits": encoding.format.bits, "block_size": block_size(encoding)}
+
+    def linear(self, tape: ir.tape.Tape, x: ir.Value, weight: StoredWeight, bias: ir.Value | None) -> ir.Value:
+        """See `Form.linear`."""
+        n, k = weight.shape
+        bits, block = weight.attributes["bits"], weight.attributes["block_size"]
+        shape = constant(tape, np.array([n, ceil_div(k, block), block * bits // 8], np.int64))
+        codes = tape.op("Reshape", [weight.tensors["codes"], shape])
+        scales = _float_scales(tape, weight.tensors["scales"])
+        attributes = {**weight.attributes, "K": k, "N": n, "accuracy_level": self.accuracy_level}
+        inputs = [x, codes, scales, weight.tensors["zero_points"]]
+        product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
+        return product if bias is None else tape.op("Add", [product, bias])
+
+    def table(self, tape: ir.tape.Tape, indices: ir.Value, weight: StoredWeight) -> ir.Value:
+        """See `Form.table`."""
+        scales = _float_scales(tape, weight.tensors["scales"])
+        return tape.op(
+            "GatherBlockQuantized",
+            [weight.tensors["codes"], indices, scales, weight.tensors["zero_points"]],
+            {**weight.attributes, "gather_axis": 0, "quantize_axis": 1},
+            domain="com.microsoft",
+        )
+
+    def functions(self, weight: StoredWeight, *, linear: bool, table: bool) -> tuple[str, ...]:
+        """See `Form.functions`."""
+        return ()
