@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -209,6 +210,25 @@ class UniformEncoding:
         )
         codes = packing.unpack_codes(arrays.packed, n, k)
         return cls(format, codes, packing.untile_groups(arrays.scales, n), zero_points, gain)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as named arrays, for a file; codes are packed."""
+        packed = self.pack()
+        layout = [self.format.bits, self.format.group_size or 0, *self.shape]
+        return {
+            **dataclasses.asdict(packed),
+            "layout": np.array(layout, np.int64),
+            "zero_point": np.array(self.format.zero_point.value),
+            "gain": np.array(self.gain),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> UniformEncoding:
+        """Undoes `to_arrays`."""
+        bits, group_size, n, k = (int(value) for value in arrays["layout"])
+        format = UniformFormat(bits, group_size or None, ZeroPoint(str(arrays["zero_point"])))
+        packed = PackedUniform(arrays["packed"], arrays["scales"], arrays["zero_points"])
+        return cls.unpack(packed, format, n, k, float(arrays["gain"]))
 
 
 def choose_gain(scales: np.ndarray) -> float:

@@ -25,7 +25,7 @@ class KernelForm:
     """
 
     accuracy_level: int = INT8_ACTIVATIONS
-    name: str = "LowBitMatMul"
+    name: str = "LowBit"
 
     def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
         """See `Form.arrays`."""

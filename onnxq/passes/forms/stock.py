@@ -138,7 +138,7 @@ class BlockForm:
     """
 
     accuracy_level: int = 4
-    name: str = "MatMulNBits"
+    name: str = "MatMulNBits, GatherBlockQuantized"
 
     def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
         """See `Form.arrays`."""

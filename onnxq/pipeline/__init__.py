@@ -1,0 +1,7 @@
+"""The way data goes: load, find sites, calibrate, allocate, solve, rewrite, check, report."""
+
+from __future__ import annotations
+
+from onnxq.pipeline.run import quantize
+
+__all__ = ["quantize"]

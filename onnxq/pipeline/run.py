@@ -1,0 +1,372 @@
+"""`quantize`: load, find, calibrate, allocate, solve weight by weight, rewrite, check, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxq.calibration import (
+    CalibrationData,
+    Collected,
+    SequentialCalibration,
+    TapRequest,
+    collect,
+    model_inputs,
+    open_data,
+    requests_for,
+    statistics_bytes,
+)
+from onnxq.calibration.collect import Progress as Runs
+from onnxq.errors import BudgetError, OnnxqError
+from onnxq.evaluation.load_probe import peak_bytes
+from onnxq.graph import LoadedModel, StreamingWriter, find_weights, load
+from onnxq.passes.forms import StoredWeight, choose_form
+from onnxq.passes.functions import inline_functions_with_sites
+from onnxq.passes.rewrite import Assignment, RewriteSitesPass
+from onnxq.pipeline.budget import Budget, fit_budget
+from onnxq.pipeline.check import check_outputs
+from onnxq.pipeline.plan import Plan, Planned, make_plan
+from onnxq.pipeline.resume import ResumeStore, file_identity
+from onnxq.pipeline.solve import Solved, dequantized_roots, solve_weight, statistics_of
+from onnxq.progress import NullProgress, Progress
+from onnxq.recipe import Recipe
+from onnxq.report.records import REPORT_PROPERTY, QuantizeReport, WeightRecord
+from onnxq.version import __version__
+
+RECIPE_PROPERTY = "onnxq.recipe"
+"""Metadata key of a written model that holds its recipe."""
+
+STATISTICS_BYTES = 256 << 20
+"""Second moments that are held at a time; more inputs mean more passes over the calibration data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What one run works on, all of it checked before anything is computed."""
+
+    loaded: LoadedModel
+    recipe: Recipe
+    plan: Plan
+    data: CalibrationData | None
+    threads: int | None
+    progress: Progress
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: Recipe | str = "uniform",
+    calibration: Any = None,
+    tokenizer: str | Path | None = None,
+    size: int | None = None,
+    bits: float | None = None,
+    table_bits: float | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    plan_only: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantises the weights of a model and writes the result.
+
+    Peak memory: a few copies of the largest weight, `STATISTICS_BYTES` of second moments (or one, if larger), and
+    what one batch of calibration data needs to run; never the whole model.
+
+    Args:
+        model: an ``.onnx`` file, or a folder with one.
+        output: the ``.onnx`` file to write; weights go beside it, to ``<output>.data``.
+        recipe: what to do; a `Recipe`, a preset's name or a YAML file.
+        calibration: data for statistics and for the final check: an ``.npz``, a folder of them, a text file (with
+            `tokenizer`), an iterable of feeds or an onnxruntime CalibrationDataReader.
+        tokenizer: folder with ``tokenizer.json``.
+        size: ceiling of the written files in bytes.
+        bits, table_bits: ceilings of the mean bits of products' weights and of tables, side data counted.
+        threads: threads of calibration runs; None leaves it to ONNX Runtime.
+        force: replace an existing output.
+        plan_only: work out formats and sizes, solve and write nothing.
+        progress: follows the run.
+
+    Returns:
+        What was done to every constant. The written model carries it too.
+
+    Raises:
+        OnnxqError: bad input of any kind; nothing is left behind then. After an interrupt the solved weights stay in
+            ``<output>.resume`` and the same call goes on from there.
+    """
+    started = time.monotonic()
+    progress = progress or NullProgress()
+    chosen = Recipe.load(recipe) if isinstance(recipe, str) else recipe
+    budget = Budget(size, bits, table_bits)
+    progress.start("reading the model", None)
+    loaded = load(model)
+    out = Path(output)
+    # The writer checks the output path now, before hours of work, and writes nothing until the first weight is solved.
+    writer = StreamingWriter(out, force=force, source=loaded)
+    inline_functions_with_sites(loaded.model)
+    found = find_weights(loaded.model)
+    data = _open(calibration, loaded, chosen, tokenizer)
+    plan = make_plan(found, chosen, calibrated=data is not None)
+    if not plan.planned:
+        reasons = "; ".join(sorted({kept.reason for kept in plan.kept})[:5])
+        raise OnnxqError(f"{loaded.path} holds no weight that the recipe quantises ({reasons}).")
+    job = _Job(loaded, chosen, plan, data, threads, progress)
+    if budget.asked:
+        statistics = _diagonals(job)
+        plan = fit_budget(budget, job.plan, chosen, loaded, statistics, progress)
+        job = dataclasses.replace(job, plan=plan)
+    if plan_only:
+        return _planned_report(job, out, started)
+    key = {
+        "source": file_identity(loaded.path),
+        "recipe": chosen.to_dict(),
+        "budget": dataclasses.asdict(budget),
+        "data": None if data is None else [data.name, data.samples],
+        "version": __version__,
+    }
+    store = ResumeStore(out.with_name(out.name + ".resume"), key)
+    try:
+        with writer:
+            report = _solve_and_write(job, writer, store, started)
+    except OnnxqError:
+        store.discard()
+        raise
+    finally:
+        progress.finish()
+    if size is not None and report.bytes > size:
+        raise BudgetError(f"{out} has {report.bytes} bytes, above the {size} asked for: please report this model.")
+    store.discard()
+    return report
+
+
+def _open(calibration: Any, loaded: LoadedModel, recipe: Recipe, tokenizer: str | Path | None) -> CalibrationData | None:
+    if calibration is None:
+        return None
+    spec = recipe.calibration
+    return open_data(
+        calibration,
+        model_inputs(loaded.model),
+        tokenizer=tokenizer,
+        batch_size=spec.batch_size,
+        max_samples=spec.max_samples,
+        max_length=spec.max_length,
+        seed=recipe.seed,
+    )
+
+
+def _diagonals(job: _Job) -> Collected | None:
+    """Mean squares of all inputs: what the allocation weighs errors with."""
+    if job.data is None:
+        return None
+    requests = requests_for([planned.weight for planned in job.plan.planned], "diagonal")
+    return collect(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
+
+
+def _runs(progress: Progress) -> Any:
+    """Passes the runs of a collection on to whoever follows."""
+
+    def follow(runs: Runs) -> None:
+        if runs.done <= 1:
+            progress.start("calibrating", runs.total)
+        progress.advance(1, runs.what)
+
+    return follow
+
+
+def _stages(job: _Job, store: ResumeStore) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
+    """The weights in portions, each with the statistics that it needs."""
+    planned = list(job.plan.planned)
+    if job.data is None:
+        yield planned, None, None
+        return
+    levels = {item.weight.name: item.statistics_level for item in planned}
+
+    def requests_of(items: Sequence[Planned]) -> list[TapRequest]:
+        return requests_for([item.weight for item in items], lambda weight: levels[weight.name])
+
+    if job.recipe.calibration.sequential:
+        yield from _sequential_stages(job, planned, requests_of(planned))
+        return
+    portion: list[Planned] = []
+    for item in planned:
+        if portion and statistics_bytes(requests_of([*portion, item])) > STATISTICS_BYTES:
+            yield portion, _collect(job, requests_of(portion)), None
+            portion = []
+        portion.append(item)
+    yield portion, _collect(job, requests_of(portion)), None
+
+
+def _collect(job: _Job, requests: list[TapRequest]) -> Collected | None:
+    assert job.data is not None
+    if all(request.level == "none" for request in requests):
+        return None
+    return collect(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
+
+
+def _sequential_stages(
+    job: _Job, planned: list[Planned], requests: list[TapRequest]
+) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
+    """A weight is solved with the block of its last site; statistics of its earlier sites are kept until then."""
+    assert job.data is not None
+    pending = {item.weight.name: item for item in planned}
+    sequence = SequentialCalibration(
+        job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress)
+    )
+    waiting = {
+        name: {site.name for site in item.weight.sites if site.kind == "linear"} for name, item in pending.items()
+    }
+    seen = Collected({}, {})
+    with sequence:
+        unasked = [item for name, item in pending.items() if not waiting[name] or item.statistics_level == "none"]
+        for item in unasked:
+            del pending[item.weight.name]
+        yield unasked, None, sequence
+        for block, collected in sequence:
+            seen = Collected({**seen.statistics, **collected.statistics}, {**seen.sites, **collected.sites})
+            done = {request.site_name for request in block.requests}
+            ready = []
+            for name in list(pending):
+                waiting[name] -= done
+                if not waiting[name]:
+                    ready.append(pending.pop(name))
+            yield ready, seen, sequence
+            used = {seen.sites.get(site) for name in pending for site in waiting[name]}
+            seen = Collected({key: value for key, value in seen.statistics.items() if key in used}, seen.sites)
+
+
+def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, started: float) -> QuantizeReport:
+    model = job.loaded.model
+    assignments: list[Assignment] = []
+    records: list[WeightRecord] = []
+    notes = [*job.plan.notes]
+    if store.found:
+        notes.append(f"went on from an interrupted run: {store.found} weights were solved already")
+    order = {item.weight.name: index for index, item in enumerate(job.plan.planned)}
+    for portion, collected, sequence in _stages(job, store):
+        if collected is not None:
+            notes += [note for note in collected.notes if note not in notes]
+        job.progress.start("solving", len(portion))
+        for item in portion:
+            began = time.monotonic()
+            statistics = None if collected is None else statistics_of(item.weight, collected)
+            solved = solve_weight(item, statistics, store)
+            assignment, written, note = _store(item, solved, job, writer)
+            assignments.append(assignment)
+            records.append(_record(item, solved, assignment, written, note, time.monotonic() - began))
+            if sequence is not None:
+                for name, array in dequantized_roots(item.weight, solved.encodings).items():
+                    sequence.replace(name, array)
+            job.progress.advance(1, item.weight.name)
+    records.sort(key=lambda record: order[record.name])
+    job.progress.start("writing", None)
+    report = _report(job, writer.path, tuple(records), tuple(notes), started, written=0)
+    RewriteSitesPass(assignments)(model)
+    model.metadata_props[RECIPE_PROPERTY] = job.recipe.to_yaml()
+    model.metadata_props[REPORT_PROPERTY] = report.to_json()
+    saved = writer.finish(model)
+    check = None
+    if job.data is not None:
+        job.progress.start("checking", None)
+        check = check_outputs(job.loaded.path, saved.path, job.data, job.threads)
+    return dataclasses.replace(
+        report, bytes=saved.bytes, seconds=time.monotonic() - started, peak_memory=peak_bytes() or 0, check=check
+    )
+
+
+def _store(
+    item: Planned, solved: Solved, job: _Job, writer: StreamingWriter
+) -> tuple[Assignment, int, str]:
+    """Writes the arrays of a weight; returns what stands for it, its bytes, and what the report should say."""
+    weight = item.weight
+    parts, written, notes = [], 0, []
+    for index, encoding in enumerate(solved.encodings):
+        form, note = choose_form(
+            encoding,
+            stock=job.recipe.target == "stock",
+            opset=job.loaded.opset,
+            linear="linear" in weight.kinds,
+            table="table" in weight.kinds,
+            accuracy_level=item.accuracy_level,
+        )
+        prefix = weight.name if weight.batch == 1 else f"{weight.name}.{index}"
+        tensors = {}
+        for role, array in form.arrays(encoding).items():
+            name = f"{prefix}.{role}"
+            tensor = writer.append(name, array)
+            tensors[role] = ir.Value(
+                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+            )
+            written += tensor.nbytes
+        parts.append(StoredWeight(prefix, form, encoding.shape, form.attributes(encoding), tensors))
+        notes.append(note)
+    return Assignment(weight, tuple(parts)), written, "; ".join(dict.fromkeys(note for note in notes if note))
+
+
+def _record(
+    item: Planned, solved: Solved, assignment: Assignment, written: int, note: str, seconds: float
+) -> WeightRecord:
+    weight = item.weight
+    said = "; ".join(text for text in (item.note, solved.note, note) if text)
+    return WeightRecord(
+        name=weight.name,
+        kinds=weight.kinds,
+        sites=len(weight.sites),
+        shape=(weight.batch * weight.n, weight.k),
+        format=item.format.label(),
+        form=assignment.parts[0].form.name,
+        solver=solved.solver,
+        source_bytes=weight.bytes,
+        bytes=written,
+        relative_error=solved.relative_error,
+        proxy_loss=solved.proxy_loss,
+        note=said,
+        seconds=seconds,
+    )
+
+
+def _planned_report(job: _Job, out: Path, started: float) -> QuantizeReport:
+    records = tuple(
+        WeightRecord(
+            name=item.weight.name,
+            kinds=item.weight.kinds,
+            sites=len(item.weight.sites),
+            shape=(item.weight.batch * item.weight.n, item.weight.k),
+            format=item.format.label(),
+            form="planned",
+            solver=item.solver.name,
+            source_bytes=item.weight.bytes,
+            bytes=item.cost_bits // 8,
+            relative_error=None,
+            proxy_loss=None,
+            note=item.note,
+            seconds=0.0,
+        )
+        for item in job.plan.planned
+    )
+    job.progress.finish()
+    kept = sum(record.bytes for record in job.plan.kept)
+    return _report(job, out, records, job.plan.notes, started, written=kept + sum(record.bytes for record in records))
+
+
+def _report(
+    job: _Job, out: Path, records: tuple[WeightRecord, ...], notes: tuple[str, ...], started: float, written: int
+) -> QuantizeReport:
+    data = job.data
+    return QuantizeReport(
+        source=job.loaded.path.name,
+        output=out.name,
+        source_bytes=job.loaded.bytes_on_disk,
+        bytes=written,
+        version=__version__,
+        recipe=job.recipe.to_dict(),
+        calibration="" if data is None else f"{data.samples} samples in {data.batches} batches of {data.name}",
+        weights=records,
+        kept=job.plan.kept,
+        notes=tuple(notes) + (() if data is None else (*data.notes, *data.casts)),
+        seconds=time.monotonic() - started,
+        peak_memory=peak_bytes() or 0,
+    )

@@ -1,0 +1,356 @@
+"""Recipes: a typed, frozen description of a run, from a preset or a YAML file, stored in the model that it made.
+
+Unknown keys are refused with the nearest valid name; values out of range with what is allowed. To add a preset, add
+an entry to `_PRESETS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from onnxq.errors import RecipeError
+from onnxq.formats.uniform import UniformFormat, ZeroPoint
+
+GroupSize = int | Literal["column"]
+ZeroPointName = Literal["auto", "midrise", "integer", "per-group", "per-group-integer"]
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise RecipeError(f"{sentence}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GridSpec:
+    """A uniform grid.
+
+    Attributes:
+        bits: 1 to 8.
+        group_size: weights along K that share a step: a multiple of 32, or "column".
+        zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is midrise at 1 and 2 bits and per-group above, and
+            with target "stock" the nearest that stock ONNX Runtime can hold.
+    """
+
+    bits: int = 4
+    group_size: GroupSize = 64
+    zero_point: ZeroPointName = "auto"
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.bits <= 8, f"bits is {self.bits}; it must be 1 to 8")
+        whole = self.group_size == "column" or (self.group_size >= 32 and self.group_size % 32 == 0)
+        _require(whole, f'group_size is {self.group_size}; it must be a multiple of 32, or "column"')
+
+    def format(self, target: str) -> UniformFormat:
+        """The format that the grid names."""
+        group = None if self.group_size == "column" else self.group_size
+        return UniformFormat(self.bits, group, self._zero_point(target))
+
+    def _zero_point(self, target: str) -> ZeroPoint:
+        if self.zero_point != "auto":
+            return ZeroPoint(self.zero_point)
+        if target == "stock" and self.bits in (2, 4, 8):
+            return ZeroPoint.PER_GROUP_INTEGER
+        return ZeroPoint.MIDRISE if self.bits <= 2 else ZeroPoint.PER_GROUP
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverSpec:
+    """What chooses the codes.
+
+    Attributes:
+        name: "error-feedback" (GPTQ/LDLQ; needs calibration data) or "nearest".
+        damping: share of the mean diagonal that is added to the second moment's diagonal.
+        order: in which order inputs are rounded, "activation" or "natural".
+        refit: fit steps to the codes afterwards, under the whole second moment.
+        sweeps: passes of coordinate descent over the codes that follow.
+    """
+
+    name: Literal["error-feedback", "nearest"] = "error-feedback"
+    damping: float = 0.01
+    order: Literal["activation", "natural"] = "activation"
+    refit: bool = True
+    sweeps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.damping > 0, f"damping is {self.damping}; it must be above 0, such as 0.01")
+        _require(self.sweeps >= 0, f"sweeps is {self.sweeps}; it must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """What happens to weights that products read, tied ones included.
+
+    Attributes:
+        grid: how they are stored.
+        solver: what chooses the codes.
+        activations: "int8" (fast) or "float32" (exact) activations of the kernel.
+    """
+
+    grid: GridSpec = GridSpec()
+    solver: SolverSpec = SolverSpec()
+    activations: Literal["int8", "float32"] = "int8"
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePlan:
+    """What happens to weights that only look-ups read.
+
+    Attributes:
+        grid: how their rows are stored; None leaves tables alone.
+    """
+
+    grid: GridSpec | None = GridSpec(bits=4, group_size=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """An exception by name; the first rule that matches decides.
+
+    Attributes:
+        match: a glob over weight names and site names, such as "*.layer.0.*".
+        keep: leave the weight in float.
+        grid: another grid.
+    """
+
+    match: str
+    keep: bool = False
+    grid: GridSpec | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSpec:
+    """How calibration data is read.
+
+    Attributes:
+        max_samples: at most so many, drawn with the recipe's seed.
+        batch_size: samples per run.
+        max_length: tokens per text.
+        sequential: gather statistics block by block, each from quantised predecessors; slower.
+    """
+
+    max_samples: int = 256
+    batch_size: int = 8
+    max_length: int = 256
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "batch_size", "max_length"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: what it is called.
+        description: what it is for, in a sentence.
+        linear, tables: see `LinearPlan` and `TablePlan`.
+        rules: exceptions by name.
+        min_elements: smaller weights stay in float.
+        calibration: see `CalibrationSpec`.
+        target: "kernel" (custom ops with function bodies) or "stock" (what stock ONNX Runtime runs fast).
+        seed: of everything drawn at random.
+    """
+
+    name: str
+    description: str = ""
+    linear: LinearPlan = LinearPlan()
+    tables: TablePlan = TablePlan()
+    rules: tuple[Rule, ...] = ()
+    min_elements: int = 4096
+    calibration: CalibrationSpec = CalibrationSpec()
+    target: Literal["kernel", "stock"] = "kernel"
+    seed: int = 0
+
+    def rule_for(self, names: Sequence[str]) -> Rule | None:
+        """The first rule that matches one of the names of a weight and its sites."""
+        for rule in self.rules:
+            if any(fnmatch.fnmatchcase(name, rule.match) for name in names):
+                return rule
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; tuples become lists."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def to_yaml(self) -> str:
+        """YAML that `from_yaml` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def digest(self) -> str:
+        """Equal for recipes that do the same: name and description don't count."""
+        plain = self.to_dict()
+        del plain["name"], plain["description"]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, plain: Any) -> Recipe:
+        """The recipe that plain data describes.
+
+        Raises:
+            RecipeError: an unknown key, a wrong type or a value out of range; the message names its place.
+        """
+        recipe: Recipe = _build(cls, plain, "recipe")
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """See `from_dict`."""
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the recipe is not YAML: {error}") from error
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A preset by name, or a YAML file.
+
+        Raises:
+            RecipeError: neither; the message lists the presets.
+        """
+        if str(name_or_path) in _PRESETS:
+            return _PRESETS[str(name_or_path)]
+        path = Path(name_or_path)
+        if not path.is_file():
+            near = _nearest(str(name_or_path), list(_PRESETS))
+            raise RecipeError(
+                f"{str(name_or_path)!r} is neither a preset nor a file.{near} Presets: {', '.join(_PRESETS)}."
+            )
+        return cls.from_yaml(path.read_text())
+
+
+def uniform_recipe(
+    bits: int = 4,
+    group_size: GroupSize = 64,
+    *,
+    table_bits: int | None = None,
+    target: Literal["kernel", "stock"] = "kernel",
+) -> Recipe:
+    """The preset `uniform` at another width: `--width` and `--group-size` of the command line.
+
+    Args:
+        bits, group_size: of products' weights.
+        table_bits: of tables; None takes `bits`, but 4 at least.
+        target: see `Recipe`.
+    """
+    base = _PRESETS["uniform"]
+    return dataclasses.replace(
+        base,
+        linear=dataclasses.replace(base.linear, grid=GridSpec(bits, group_size)),
+        tables=TablePlan(GridSpec(max(bits, 4) if table_bits is None else table_bits, group_size)),
+        target=target,
+    )
+
+
+def presets() -> Mapping[str, Recipe]:
+    """The presets by name."""
+    return types.MappingProxyType(_PRESETS)
+
+
+_PRESETS = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "uniform",
+            "Uniform grids, error feedback from calibration data, 4 bits in groups of 64; --width sets another.",
+        ),
+        Recipe(
+            "uniform-nearest",
+            "Uniform grids, nearest rounding: no calibration data needed, good from 4 bits up.",
+            linear=LinearPlan(solver=SolverSpec(name="nearest")),
+        ),
+        Recipe(
+            "uniform-sequential",
+            "As uniform, with statistics of each block taken behind the quantised ones before it.",
+            calibration=CalibrationSpec(sequential=True),
+        ),
+    )
+}
+
+
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Checks plain data against a type of this module and makes the value."""
+    if dataclasses.is_dataclass(kind):
+        return _build_record(kind, value, where)
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(choices, value, where)
+    if origin is Literal:
+        if value in choices:
+            return value
+        near = _nearest(str(value), [str(choice) for choice in choices])
+        raise RecipeError(f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.{near}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where} must be a list, not {value!r}.")
+        return tuple(_build(choices[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"{where} must be {_plain_name(kind)}, not {value!r}.")
+    return value
+
+
+def _build_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    options = [choice for choice in choices if choice is not type(None)]
+    errors = []
+    for option in options:
+        try:
+            return _build(option, value, where)
+        except RecipeError as error:
+            errors.append(error)
+    # A record's own complaint says more than "none of these types".
+    raise errors[0] if len(errors) == 1 else RecipeError(
+        f"{where} is {value!r}; it must be {' or '.join(_plain_name(option) for option in options)}."
+    )
+
+
+def _build_record(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} must be a mapping of keys, not {value!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            raise RecipeError(
+                f"{where} has no key {key!r}.{_nearest(str(key), list(fields))} Valid keys: {', '.join(fields)}."
+            )
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in value]
+    if missing:
+        raise RecipeError(f"{where} lacks {', '.join(missing)}.")
+    try:
+        return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    except RecipeError as error:
+        text = str(error)
+        raise error if text.startswith(where) else RecipeError(f"{where}: {text}") from error
+
+
+def _plain_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

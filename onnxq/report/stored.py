@@ -1,0 +1,252 @@
+"""Which stored tensors of a graph are quantised weights, whoever quantised them, and how they decode.
+
+Each kind of reader (our ops, MatMulNBits, GatherBlockQuantized, DequantizeLinear, the integer products) has one
+entry in `_READERS`: which inputs hold codes, scales and zero points. A new form is one entry more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import ops
+from onnxq.formats.packing import ceil_div
+from onnxq.formats.uniform import PackedUniform, UniformEncoding, UniformFormat, ZeroPoint
+from onnxq.graph.tensors import WEIGHT_TYPES, read_array
+from onnxq.passes.rewrite import WEIGHT_PROPERTY
+from onnxq.runtime.optimized import initializer, nodes_of, stored_behind
+
+_SMALLEST = 64
+"""Quantised constants of fewer elements are biases and the like."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One matrix [N, K] and the nodes that read it; a stack of weights is several of one name.
+
+    Attributes:
+        name: the weight's name.
+        n, k: outputs (or rows) and inputs (or row width).
+        bits: of a code.
+        label: its format, for people.
+        nodes: what reads it.
+        kinds: "linear", "table" or both.
+        tensors: the initializers that hold it, codes first.
+        decode: the matrix, float32 [N, K]; None where that is not known how.
+    """
+
+    name: str
+    n: int
+    k: int
+    bits: int
+    label: str
+    nodes: tuple[ir.Node, ...]
+    kinds: tuple[str, ...]
+    tensors: tuple[ir.Value, ...]
+    decode: Callable[[], np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What one node says of the weight it reads."""
+
+    n: int
+    k: int
+    bits: int
+    label: str
+    kind: str
+    decode: Callable[[], np.ndarray] | None
+
+
+def stored_parts(model: ir.Model) -> list[Part]:
+    """Every quantised matrix of a model, in the order of its first reader; shared ones once."""
+    found: dict[ir.Value, Part] = {}
+    for node in nodes_of(model):
+        reader = _READERS.get((node.domain, node.op_type))
+        if reader is None or not any(value is not None for value in node.inputs):
+            continue
+        inputs, describe = reader
+        operands = [node.inputs[index] if index < len(node.inputs) else None for index in inputs]
+        codes = stored_behind(operands[0])
+        if not codes or _elements(codes[0]) < _SMALLEST or _type(codes[0]) in WEIGHT_TYPES:
+            continue
+        said = describe(node)
+        if said is None:
+            continue
+        tensors = dict.fromkeys(v for operand in operands for v in stored_behind(operand) if v.is_initializer())
+        known = found.get(codes[0])
+        if known is None:
+            name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes[0].name or node.name or "")
+            found[codes[0]] = Part(
+                name, said.n, said.k, said.bits, said.label, (node,), (said.kind,), tuple(tensors), said.decode
+            )
+        else:
+            found[codes[0]] = dataclasses.replace(
+                known,
+                nodes=(*known.nodes, node),
+                kinds=tuple(dict.fromkeys((*known.kinds, said.kind))),
+                tensors=tuple(dict.fromkeys((*known.tensors, *tensors))),
+            )
+    return list(found.values())
+
+
+def _plain_name(name: str) -> str:
+    """The weight's name without what quantisers append to that of its codes."""
+    for suffix in (".packed", ".codes", "_quantized", "_Q4", "_Q8", "_Q2", "_quant"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _elements(value: ir.Value) -> int:
+    tensor = initializer(value)
+    return 0 if tensor is None else int(np.prod(tensor.shape.numpy(), dtype=np.int64))
+
+
+def _type(value: ir.Value) -> ir.DataType | None:
+    tensor = initializer(value)
+    return None if tensor is None else tensor.dtype
+
+
+def _array(value: ir.Value | None) -> np.ndarray:
+    """The tensor that alone is behind a value, as it is stored."""
+    behind = [v for v in stored_behind(value) if v.is_initializer()]
+    tensor = initializer(behind[0])
+    assert tensor is not None
+    return read_array(tensor)
+
+
+def _describe_ours(node: ir.Node) -> _Found:
+    n, k = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    bits, group = node.attributes.get_int("bits", 0), node.attributes.get_int("group_size", 32)
+    gain = node.attributes.get_float("gain", 1.0)
+    zeros = _array(node.inputs[3])
+    if zeros.size > 1:
+        zero_point = ZeroPoint.PER_GROUP
+    else:
+        middle = int(zeros.ravel()[0]) == UniformFormat(bits, group).quantize_zero((2**bits - 1) / 2)
+        zero_point = ZeroPoint.MIDRISE if middle else ZeroPoint.INTEGER
+    column = group >= ceil_div(k, 32) * 32
+    format = UniformFormat(bits, None if column else group, zero_point)
+
+    def decode() -> np.ndarray:
+        arrays = PackedUniform(_array(node.inputs[1]), _array(node.inputs[2]), zeros)
+        return UniformEncoding.unpack(arrays, format, n, k, gain).dequantize()
+
+    kind = "table" if node.op_type == "LowBitGather" else "linear"
+    return _Found(n, k, bits, format.label(), kind, decode)
+
+
+def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes [..., B] of low-first fields to codes [..., B * 8 / bits]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _decode_blocks(
+    codes: np.ndarray, scales: ir.Value | None, zeros: ir.Value | None, bits: int, block: int, k: int
+) -> np.ndarray:
+    """Codes [N, >= K] of MatMulNBits or GatherBlockQuantized to float32 [N, K]."""
+    n = len(codes)
+    steps = _array(scales).reshape(n, -1).astype(np.float32)
+    middle: np.ndarray = np.full(steps.shape, 1 << (bits - 1), np.float32)
+    if zeros is not None:
+        stored = _array(zeros)
+        if stored.dtype == np.uint8:
+            middle = _fields(stored.reshape(n, -1), bits)[:, : steps.shape[1]].astype(np.float32)
+        else:
+            middle = stored.reshape(n, -1).astype(np.float32)
+    wide = [np.repeat(side, block, axis=1)[:, :k] for side in (steps, middle)]
+    return (codes[:, :k].astype(np.float32) - wide[1]) * wide[0]
+
+
+def _describe_nbits(node: ir.Node) -> _Found:
+    n, k = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 32)
+    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+
+    def decode() -> np.ndarray:
+        return _decode_blocks(_fields(_array(node.inputs[1]).reshape(n, -1), bits), node.inputs[2], zeros, bits, block, k)
+
+    return _Found(n, k, bits, f"int{bits} blocks of {block}", "linear", decode)
+
+
+def _describe_rows(node: ir.Node) -> _Found | None:
+    codes = stored_behind(node.inputs[0])[0]
+    tensor = initializer(codes)
+    assert tensor is not None
+    if len(tensor.shape) != 2:
+        return None
+    bits = node.attributes.get_int("bits", 4) if tensor.dtype == ir.DataType.UINT8 else tensor.dtype.bitwidth
+    n, width = (int(dim) for dim in tensor.shape.numpy())
+    k = width * 8 // bits if tensor.dtype == ir.DataType.UINT8 else width
+    block = node.attributes.get_int("block_size", 128) or k
+    zeros = node.inputs[3] if len(node.inputs) > 3 else None
+
+    def decode() -> np.ndarray:
+        return _decode_blocks(_fields(_array(node.inputs[0]), bits), node.inputs[2], zeros, bits, block, k)
+
+    packed = tensor.dtype == ir.DataType.UINT8
+    return _Found(n, k, bits, f"int{bits} blocks of {block}", "table", decode if packed else None)
+
+
+def _describe_dequantize(node: ir.Node) -> _Found | None:
+    codes = stored_behind(node.inputs[0])[0]
+    tensor = initializer(codes)
+    assert tensor is not None
+    dims = tuple(int(dim) for dim in tensor.shape.numpy())
+    if not dims:
+        return None
+    users = [user for output in node.outputs for user in output.consumers()]
+    table = any(user.op_type == "Gather" for user in users)
+    turned = len(dims) == 2 and any(
+        user.op_type == "MatMul" or user.op_type == "Gemm" and not user.attributes.get_int("transB", 0) for user in users
+    )
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    scales = initializer(node.inputs[1])
+    grouping = f"blocks of {block}" if block else "per tensor" if scales is None or scales.size == 1 else "per column"
+    flat = (dims[0], int(np.prod(dims[1:], dtype=np.int64)))
+    n, k = (flat[1], flat[0]) if turned else flat
+
+    def decode() -> np.ndarray:
+        stored = _array(node.inputs[0]).astype(np.float32)
+        sides = [_array(node.inputs[1]).astype(np.float32)]
+        sides.append(_array(node.inputs[2]).astype(np.float32) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros_like(sides[0]))
+        if block:
+            sides = [np.take(np.repeat(side, block, axis=axis), range(dims[axis]), axis=axis) for side in sides]
+        elif sides[0].size > 1:
+            along = [1] * len(dims)
+            along[axis] = dims[axis]
+            sides = [side.reshape(along) for side in sides]
+        matrix = ((stored - sides[1]) * sides[0]).reshape(flat)
+        return np.ascontiguousarray(matrix.T) if turned else matrix
+
+    name = tensor.dtype.name.lower()
+    return _Found(n, k, tensor.dtype.bitwidth, f"{name} {grouping}", "table" if table else "linear", decode)
+
+
+def _describe_integer(node: ir.Node) -> _Found | None:
+    operand = node.inputs[_READERS[node.domain, node.op_type][0][0]]
+    tensor = initializer(stored_behind(operand)[0])
+    if tensor is None or len(tensor.shape) < 2:
+        return None
+    dims = tuple(int(dim) for dim in tensor.shape.numpy())
+    k, n = dims[-2], int(np.prod(dims, dtype=np.int64)) // max(dims[-2], 1)
+    return _Found(n, k, 8, f"{tensor.dtype.name.lower()} product", "linear", None)
+
+
+_Describe = Callable[[ir.Node], "_Found | None"]
+_READERS: Mapping[tuple[str, str], tuple[tuple[int, ...], _Describe]] = {
+    (ops.DOMAIN, "LowBitMatMul"): ((1, 2, 3), _describe_ours),
+    (ops.DOMAIN, "LowBitGather"): ((1, 2, 3), _describe_ours),
+    ("com.microsoft", "MatMulNBits"): ((1, 2, 3), _describe_nbits),
+    ("com.microsoft", "GatherBlockQuantized"): ((0, 2, 3), _describe_rows),
+    ("", "DequantizeLinear"): ((0, 1, 2), _describe_dequantize),
+    ("", "MatMulInteger"): ((1, 3), _describe_integer),
+    ("", "QLinearMatMul"): ((3, 4, 5), _describe_integer),
+    ("com.microsoft", "DynamicQuantizeMatMul"): ((1, 2, 3), _describe_integer),
+    ("com.microsoft", "MatMulIntegerToFloat"): ((1, 3, 5), _describe_integer),
+}
