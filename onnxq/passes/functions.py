@@ -1,25 +1,25 @@
-"""Opening model-local functions that hold weights, so that their sites stand in the main graph."""
+"""Opening model-local functions that use weights, so that their sites stand in the main graph."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from onnxq.graph import find_weights
+_SITE_OPS = ("MatMul", "Gemm", "Gather")
 
 
-def inline_functions_with_sites(model: ir.Model) -> int:
-    """Inlines the model's functions when one of them holds a weight or is handed one; returns how many there were.
+def inline_functions_with_sites(model: ir.Model) -> tuple[str, ...]:
+    """Inlines the model's functions when one of them may hold a site; returns the names of those that were there.
 
     A function can't read the main graph's initializers, where stored weights live, and calibration can't look inside.
     """
-    if not model.functions:
-        return 0
+    names = tuple(f"{function.domain}::{function.name}" for function in model.functions.values())
     inside = any(
-        isinstance(site.graph, ir.Function) for weight in find_weights(model).weights for site in weight.sites
+        node.op_type in _SITE_OPS
+        for function in model.functions.values()
+        for node in ir.traversal.RecursiveGraphIterator(function)
     )
     if not inside:
-        return 0
-    count = len(model.functions)
+        return ()
     InlinePass()(model)
-    return count
+    return names

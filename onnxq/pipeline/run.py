@@ -107,10 +107,13 @@ def quantize(
     out = Path(output)
     # The writer checks the output path now, before hours of work, and writes nothing until the first weight is solved.
     writer = StreamingWriter(out, force=force, source=loaded)
-    inline_functions_with_sites(loaded.model)
+    inlined = inline_functions_with_sites(loaded.model)
     found = find_weights(loaded.model)
     data = _open(calibration, loaded, chosen, tokenizer)
     plan = make_plan(found, chosen, calibrated=data is not None)
+    if inlined:
+        note = f"inlined the functions {', '.join(inlined)}: weights inside them can't be replaced"
+        plan = dataclasses.replace(plan, notes=(*plan.notes, note))
     if not plan.planned:
         reasons = "; ".join(sorted({kept.reason for kept in plan.kept})[:5])
         raise OnnxqError(f"{loaded.path} holds no weight that the recipe quantises ({reasons}).")
