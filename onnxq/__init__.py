@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from onnxq.errors import OnnxqError
-from onnxq.pipeline import quantize
+from onnxq.pipeline import quantize, quantize_folder
 from onnxq.recipe import Recipe, uniform_recipe
 from onnxq.report.records import QuantizeReport
 from onnxq.runtime.library import library_path
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "library_path",
     "quantize",
+    "quantize_folder",
     "session",
     "session_options",
     "uniform_recipe",

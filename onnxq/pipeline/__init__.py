@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxq.pipeline.folder import quantize_folder
 from onnxq.pipeline.run import quantize
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "quantize_folder"]
