@@ -1,0 +1,1 @@
+"""Pure functions from a weight and its statistics to an encoding: no graph, no files, repeatable."""
