@@ -8,21 +8,23 @@ from rich.text import Text
 
 from onnxq.report.tables import grouped, table
 from onnxq.report.units import count, size
-from onnxq.runtime.doctor import Diagnosis, Finding, Verdict
+from onnxq.runtime.doctor import Diagnosis, Finding
 from onnxq.runtime.environment import Environment
+from onnxq.runtime.rules import Verdict
 
 _STYLE = {Verdict.FAST: "green", Verdict.SLOW: "bold red", Verdict.FOLDED: "yellow", Verdict.FLOAT: "dim"}
 
 
 def environment(found: Environment) -> list[RenderableType]:
     """The machine, the library and its test."""
-    made = table("", "", wide=("",))
+    made = table("", " ", wide=(" ",))
+    made.show_header = False
     library = found.library
     if library is not None:
         made.add_row("kernel library", f"{library.get('version')} at {library.get('path')}")
         made.add_row("instruction set", f"{library.get('isa')}: {library.get('reason')}")
         here = ", ".join(library.get("available", []))
-        made.add_row("could also use", f"{here}  (environment variable ONNXQ_ISA)")
+        made.add_row("available here", f"{here} (the environment variable ONNXQ_ISA chooses)")
         if library.get("warning"):
             made.add_row("", Text(str(library["warning"]), style="yellow"))
     if found.test_error is not None:
@@ -52,7 +54,16 @@ def diagnosis(found: Diagnosis, *, verbose: bool) -> list[RenderableType]:
     summary.append(f"  weights {size(found.file_bytes)} in the file, {size(found.memory_bytes)} in memory")
     if found.memory_bytes > 1.25 * found.file_bytes:
         summary.append(f" ({found.memory_bytes / max(found.file_bytes, 1):.1f} times)", style="yellow")
-    made = table("", ">nodes", "op", "what happens", ">in file", ">in memory", "such as", wide=("what happens", "such as"))
+    made = table(
+        "",
+        ">nodes",
+        "op",
+        "what happens",
+        ">in file",
+        ">in memory",
+        "such as",
+        wide=("what happens", "such as"),
+    )
     order = [Verdict.SLOW, Verdict.FOLDED, Verdict.FAST, Verdict.FLOAT]
     findings = sorted(found.findings, key=lambda finding: order.index(finding.verdict))
     groups = grouped(findings, lambda f: (f.verdict, f.op, f.what, f.cure) + ((f.node,) if verbose else ()))
@@ -61,9 +72,12 @@ def diagnosis(found: Diagnosis, *, verbose: bool) -> list[RenderableType]:
         first: Finding = group[0]
         made.add_row(
             Text(first.verdict.value, style=_STYLE[first.verdict]), str(len(group)), first.op, first.what,
-            size(sum(f.file_bytes for f in group)), size(sum(f.memory_bytes for f in group)), escape(first.node),
+            size(sum(f.file_bytes for f in group)), size(sum(f.memory_bytes for f in group)),
+            escape(first.node),
         )  # fmt: skip
         if first.cure:
             cures.setdefault(first.cure, []).append(f"{first.verdict.value} {first.op}")
-    ways = [Text.assemble((f"{', '.join(dict.fromkeys(of))}: ", "yellow"), cure) for cure, of in cures.items()]
+    ways = [
+        Text.assemble((f"{', '.join(dict.fromkeys(of))}: ", "yellow"), cure) for cure, of in cures.items()
+    ]
     return [head, summary, made, *ways]

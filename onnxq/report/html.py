@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxq.report.inspect import InspectedWeight, Inspection, layer_of
+from onnxq.report.inspect import InspectedWeight, Inspection
 from onnxq.report.records import KeptRecord
 from onnxq.report.tables import grouped, pooled
 from onnxq.report.units import bits, count, decibels, noise_decibels, percent, ratio, shape, size
@@ -20,25 +20,30 @@ _FULL_SCALE_DB = 40.0
 """Signal-to-noise at which the error column's bar is full."""
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --paper: #ffffff; --bar: #2f6fab; }
+:root { color-scheme: light dark;
+  --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --paper: #ffffff; --bar: #2f6fab; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #313a48; --paper: #14181f; --bar: #6aa5dc; }
 }
-body { font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 72rem;
-  padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+body { font: 14px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 .soft { color: var(--soft); } .wrong { color: #b42318; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
 .card { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; }
 .card b { display: block; font-size: 1.25rem; }
 table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
-th { text-align: left; font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td, th { border-bottom: 1px solid var(--line); padding: .15rem .5rem; white-space: nowrap; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; }
-svg { display: block; } svg text { fill: var(--ink); font-size: 11px; } .track { fill: var(--line); } .fill { fill: var(--bar); }
+th { text-align: left; font-weight: 600; color: var(--soft); }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+svg { display: block; } svg text { fill: var(--ink); font-size: 11px; }
+.track { fill: var(--line); } .fill { fill: var(--bar); }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 .legend span { margin-right: 1.2em; white-space: nowrap; }
-details { margin: .5rem 0; } pre { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
+details { margin: .5rem 0; }
+pre { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; }
 """
 
 
@@ -74,7 +79,7 @@ def render_html(inspection: Inspection) -> str:
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(name)}: weights</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
 
@@ -85,7 +90,10 @@ def _text(value: object) -> str:
 
 def _colours(weights: Sequence[InspectedWeight]) -> dict[str, str]:
     """One colour per format, the formats with most bytes first; the last one serves all that remain."""
-    by_format = {str(label): sum(w.bytes for w in group) for label, group in grouped(weights, lambda w: w.format).items()}
+    by_format = {
+        str(label): sum(w.bytes for w in group)
+        for label, group in grouped(weights, lambda w: w.format).items()
+    }
     order = sorted(by_format, key=lambda label: -by_format[label])
     return {label: _PALETTE[min(index, len(_PALETTE) - 1)] for index, label in enumerate(order)}
 
@@ -107,76 +115,98 @@ def _cards(found: Inspection) -> str:
     error = pooled([(w.relative_error, w.shape[0] * w.shape[1]) for w in found.weights])
     if error is not None:
         cards.append((decibels(error), "signal to noise of the weights"))
-    return '<div class="cards">' + "".join(f'<div class="card"><b>{_text(a)}</b>{_text(b)}</div>' for a, b in cards) + "</div>"
+    return (
+        '<div class="cards">'
+        + "".join(f'<div class="card"><b>{_text(a)}</b>{_text(b)}</div>' for a, b in cards)
+        + "</div>"
+    )
+
+
+def _rect(x: float, width: float, height: int, colour: str, title: str) -> str:
+    """A piece of a bar, with a tooltip."""
+    box = f'x="{x:.2f}" width="{max(width, 0.3):.2f}" height="{height}"'
+    return f'<rect {box} fill="{colour}"><title>{_text(title)}</title></rect>'
+
+
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    """Rows under heads; a head that begins with ``>`` belongs to a column of numbers."""
+    cells = "".join(
+        f'<th class="n">{_text(head[1:])}</th>' if head.startswith(">") else f"<th>{_text(head)}</th>"
+        for head in heads
+    )
+    return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
+
+
+def _number(value: str) -> str:
+    return f'<td class="n">{_text(value)}</td>'
+
+
+def _long(value: str, title: str = "") -> str:
+    """A cell of text that may break."""
+    return f'<td class="wrap" title="{_text(title)}">{_text(value)}</td>'
 
 
 def _strip(found: Inspection, colours: dict[str, str]) -> str:
     """One bar of the whole file, by format."""
     total = max(found.file_bytes, 1)
-    rows = [(label, sum(w.bytes for w in found.weights if w.format == label), colour) for label, colour in colours.items()]
+    rows = [
+        (label, sum(w.bytes for w in found.weights if w.format == label), colour)
+        for label, colour in colours.items()
+    ]
     weights = sum(taken for _, taken, _ in rows)
     rows.append(("other constants", max(found.tensor_bytes - weights, 0), "#9aa4b2"))
     rows.append(("graph, names, padding", max(found.file_bytes - found.tensor_bytes, 0), "#c9d0da"))
-    drawn, at = [], 0.0
+    drawn, legend, at = [], [], 0.0
     for label, taken, colour in rows:
+        if not taken:
+            continue
         width = 1000 * taken / total
-        title = f"{label}: {size(taken)}, {percent(taken / total)}"
-        drawn.append(f'<rect x="{at:.2f}" width="{width:.2f}" height="26" fill="{colour}"><title>{_text(title)}</title></rect>')
+        drawn.append(_rect(at, width, 26, colour, f"{label}: {size(taken)}, {percent(taken / total)}"))
+        key = f'<i class="key" style="background:{colour}"></i>'
+        legend.append(f"<span>{key}{_text(label)} {size(taken)}</span>")
         at += width
-    legend = "".join(
-        f'<span><i class="key" style="background:{colour}"></i>{_text(label)} {size(taken)}</span>' for label, taken, colour in rows if taken
-    )
     return (
-        f'<svg viewBox="0 0 1000 26" width="100%" height="26" preserveAspectRatio="none" role="img" '
-        f'aria-label="bytes by format">{"".join(drawn)}</svg><p class="legend">{legend}</p>'
+        '<svg viewBox="0 0 1000 26" width="100%" height="26" preserveAspectRatio="none" role="img" '
+        f'aria-label="bytes by format">{"".join(drawn)}</svg><p class="legend">{"".join(legend)}</p>'
     )
 
 
-def _bar(share: float, colour: str, width: int, title: str) -> str:
-    """A bar on a track; `share` of 1 fills it."""
-    filled = width * min(max(share, 0.0), 1.0)
-    return (
-        f'<svg width="{width}" height="12"><rect class="track" width="{width}" height="12" rx="2"/>'
-        f'<rect width="{filled:.1f}" height="12" rx="2" fill="{colour}"><title>{_text(title)}</title></rect></svg>'
-    )
+def _bar(share: float, colour: str, title: str) -> str:
+    """A bar on a track of 120 pixels; `share` of 1 fills it."""
+    track = '<rect class="track" width="120" height="12"/>'
+    filled = _rect(0, 120 * min(max(share, 0.0), 1.0), 12, colour, title)
+    return f'<svg width="120" height="12">{track}{filled}</svg>'
 
 
 def _stacked(group: Sequence[InspectedWeight], most: int, colours: dict[str, str]) -> str:
-    """A layer's bytes, each weight in the colour of its format."""
+    """A layer's bytes, each weight in the colour of its format; `most` bytes are 360 pixels."""
     drawn, at = [], 0.0
     for weight in group:
         width = 360 * weight.bytes / max(most, 1)
         title = f"{weight.name}: {size(weight.bytes)}, {bits(weight.bits_per_weight)} bits"
-        drawn.append(
-            f'<rect x="{at:.2f}" width="{max(width - 0.5, 0.3):.2f}" height="14" fill="{colours[weight.format]}">'
-            f"<title>{_text(title)}</title></rect>"
-        )
+        drawn.append(_rect(at, width - 0.5, 14, colours[weight.format], title))
         at += width
     return f'<svg width="360" height="14">{"".join(drawn)}</svg>'
 
 
 def _layers(weights: Sequence[InspectedWeight], colours: dict[str, str]) -> str:
-    layers = {str(layer): group for layer, group in grouped(weights, lambda w: layer_of(w.name)).items()}
+    layers = {str(layer): group for layer, group in grouped(weights, lambda w: w.layer).items()}
     most = max((sum(w.bytes for w in group) for group in layers.values()), default=1)
     rows = []
     for layer, group in layers.items():
         taken, numbers = sum(w.bytes for w in group), sum(w.shape[0] * w.shape[1] for w in group)
-        mean = 8 * taken / max(numbers, 1)
         error = pooled([(w.relative_error, w.shape[0] * w.shape[1]) for w in group])
-        rows.append(
-            f'<tr><td class="wrap">{_text(layer)}</td><td>{_stacked(group, most, colours)}</td><td class="n">{size(taken)}</td>'
-            f"<td>{_bits_bar(mean)}</td>{_error_cells(error)}</tr>"
-        )
-    head = '<tr><th>layer</th><th>bytes</th><th class="n"></th><th>bits per weight</th><th>signal to noise</th><th class="n"></th></tr>'
-    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        bars = f"<td>{_stacked(group, most, colours)}</td>{_number(size(taken))}"
+        mean = f"<td>{_bits_bar(8 * taken / max(numbers, 1))}</td>"
+        rows.append(f"<tr>{_long(layer)}{bars}{mean}{_error_cells(error)}</tr>")
+    return _table(["layer", "bytes", ">", "bits per weight", "signal to noise", ">"], rows)
 
 
 def _bits_bar(mean: float) -> str:
     """Bits on a scale that is full at 8, with the number."""
-    return f'<svg width="150" height="14"><rect class="track" width="100" height="12" y="1" rx="2"/>' + (
-        f'<rect class="fill" width="{100 * min(mean, 8) / 8:.1f}" height="12" y="1" rx="2"/>'
-        f'<text x="106" y="11">{bits(mean)}</text></svg>'
-    )
+    track = '<rect class="track" width="100" height="12" y="1"/>'
+    fill = f'<rect class="fill" width="{100 * min(mean, 8) / 8:.1f}" height="12" y="1"/>'
+    return f'<svg width="150" height="14">{track}{fill}<text x="106" y="11">{bits(mean)}</text></svg>'
 
 
 def _error_cells(error: float | None) -> str:
@@ -186,7 +216,7 @@ def _error_cells(error: float | None) -> str:
     level = noise_decibels(error)
     colour = "#5b8c5a" if level >= 25 else "#c79a2b" if level >= 15 else "#c8553d"
     share = 1.0 if math.isinf(level) else level / _FULL_SCALE_DB
-    return f'<td>{_bar(share, colour, 120, decibels(error))}</td><td class="n">{decibels(error)}</td>'
+    return f"<td>{_bar(share, colour, decibels(error))}</td>{_number(decibels(error))}"
 
 
 def _weights(weights: Sequence[InspectedWeight], total: int, colours: dict[str, str]) -> str:
@@ -194,29 +224,22 @@ def _weights(weights: Sequence[InspectedWeight], total: int, colours: dict[str, 
     rows = []
     for w in weights:
         key = f'<i class="key" style="background:{colours[w.format]}"></i>'
-        title = f"{', '.join(w.tensors)} read by {', '.join(w.nodes)}"
-        rows.append(
-            f'<tr><td class="wrap" title="{_text(title)}">{_text(w.name)}</td><td class="n">{shape(w.shape)}</td>'
-            f"<td>{key}{_text(w.format)}</td><td>{_text(w.form)}</td>"
-            f"<td>{_bar(w.bytes / max(most, 1), colours[w.format], 120, size(w.bytes))}</td>"
-            f'<td class="n">{size(w.bytes)}</td><td class="n">{percent(w.bytes / max(total, 1))}</td>'
-            f'<td class="n">{bits(w.bits_per_weight)}</td>{_error_cells(w.relative_error)}</tr>'
-        )
-    head = (
-        '<tr><th>weight</th><th class="n">N x K</th><th>format</th><th>read by</th><th>bytes</th><th class="n"></th>'
-        '<th class="n">share</th><th class="n">bits</th><th>signal to noise</th><th class="n"></th></tr>'
-    )
-    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+        name = _long(w.name, f"{', '.join(w.tensors)} read by {', '.join(w.nodes)}")
+        form = f"<td>{key}{_text(w.format)}</td><td>{_text(w.form)}</td>"
+        bar = f"<td>{_bar(w.bytes / max(most, 1), colours[w.format], size(w.bytes))}</td>"
+        share = _number(size(w.bytes)) + _number(percent(w.bytes / max(total, 1)))
+        numbers = f"{_number(bits(w.bits_per_weight))}{_error_cells(w.relative_error)}"
+        rows.append(f"<tr>{name}{_number(shape(w.shape))}{form}{bar}{share}{numbers}</tr>")
+    heads = ["weight", ">N x K", "format", "read by", "bytes", ">", ">share", ">bits", "signal to noise", ">"]
+    return _table(heads, rows)
 
 
 def _kept(kept: Sequence[KeptRecord]) -> str:
-    rows = "".join(
-        f'<tr><td class="wrap">{_text(item.name)}</td><td class="n">{shape(item.shape)}</td><td>{_text(item.dtype.lower())}</td>'
-        f'<td class="n">{size(item.bytes)}</td><td class="wrap">{_text(item.reason)}</td></tr>'
-        for item in kept
-    )
-    head = '<tr><th>constant</th><th class="n">shape</th><th>type</th><th class="n">bytes</th><th>why it is no weight</th></tr>'
-    return (
-        f"<details><summary>{count(len(kept), 'constant')}, {size(sum(item.bytes for item in kept))}</summary>"
-        f'<div class="scroll"><table>{head}{rows}</table></div></details>'
-    )
+    rows = []
+    for item in kept:
+        dtype = f"<td>{_text(item.dtype.lower())}</td>"
+        sizes = f"{_number(shape(item.shape))}{dtype}{_number(size(item.bytes))}"
+        rows.append(f"<tr>{_long(item.name)}{sizes}{_long(item.reason)}</tr>")
+    what = f"{count(len(kept), 'constant')}, {size(sum(item.bytes for item in kept))}"
+    heads = ["constant", ">shape", "type", ">bytes", "why it is no weight"]
+    return f"<details><summary>{what}</summary>{_table(heads, rows)}</details>"

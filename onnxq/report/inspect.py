@@ -1,7 +1,7 @@
 """Reading a model: which weight holds the bytes, at how many bits, with what error.
 
-Works on any ONNX model. Sizes come from the tensors in the file; a report that the model carries adds what only
-the quantiser knew (errors, reasons) and is held against the file.
+Works on any ONNX model. Sizes come from the tensors in the file; a report that the model carries adds what
+only the quantiser knew (errors, reasons) and is held against the file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.errors import ModelError
-from onnxq.graph import SiteReport, find_weights
+from onnxq.graph import SiteReport, Skipped, find_weights
 from onnxq.graph.load import all_tensors, find_model_file
-from onnxq.graph.tensors import data_identity
+from onnxq.graph.tensors import WEIGHT_TYPES, data_identity
 from onnxq.report.records import REPORT_PROPERTY, KeptRecord, QuantizeReport
 from onnxq.report.stored import Part, stored_parts
 from onnxq.report.units import count, size
@@ -161,7 +161,11 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
                 form=" + ".join(dict.fromkeys(node.op_type for part in group for node in part.nodes)),
                 code_bits=group[0].bits,
                 bytes=_bytes_of(tuple(value for part in group for value in part.tensors)),
-                relative_error=error if error is not None else record.relative_error if record is not None else None,
+                relative_error=error
+                if error is not None
+                else record.relative_error
+                if record is not None
+                else None,
                 measured=error is not None,
                 proxy_loss=record.proxy_loss if record is not None else None,
                 tensors=tuple(value.name or "" for part in group for value in part.tensors),
@@ -174,7 +178,9 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
         mismatches += _differences(weights, report)
     reasons = {} if report is None else {record.name: record.reason for record in report.kept}
     kept = tuple(
-        KeptRecord(item.name, item.shape, item.dtype.name, item.bytes, reasons.get(item.name, item.reason))
+        KeptRecord(
+            item.name, item.shape, item.dtype.name, item.bytes, reasons.get(item.name) or _reason(item)
+        )
         for item in found.skipped
         if not _is_part(model, item.name, quantised)
     )
@@ -182,7 +188,9 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
     data_files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     missing = [str(data) for data in data_files if not data.is_file()]
     if missing:
-        raise ModelError(f"{file}: its data file {missing[0]} is missing. Put it beside the model, as it was written.")
+        raise ModelError(
+            f"{file}: its data file {missing[0]} is missing. Put it beside the model, as it was written."
+        )
     return Inspection(
         path=str(file),
         file_bytes=file.stat().st_size + sum(data.stat().st_size for data in data_files),
@@ -213,6 +221,13 @@ def _carried(model: ir.Model) -> tuple[QuantizeReport | None, str, list[str]]:
         return None, recipe, [f"the report that the model carries can't be read: {error}"]
 
 
+def _reason(item: Skipped) -> str:
+    """Why a constant is no weight; the bias that our ops take along is no quantised tensor."""
+    if item.dtype in WEIGHT_TYPES and len(item.shape) == 1:
+        return "rank 1: bias or norm parameter"
+    return item.reason
+
+
 def _outputs(node: ir.Node) -> str:
     """What a reader computes; for DequantizeLinear, what the product behind it does."""
     if node.op_type == "DequantizeLinear":
@@ -228,7 +243,11 @@ def _bytes_of(values: tuple[ir.Value, ...]) -> int:
 
 
 def _is_part(model: ir.Model, name: str, quantised: set[int]) -> bool:
-    return any(id(graph.initializers.get(name)) in quantised for graph in model.graphs() if name in graph.initializers)
+    return any(
+        id(graph.initializers.get(name)) in quantised
+        for graph in model.graphs()
+        if name in graph.initializers
+    )
 
 
 def _float_weights(found: SiteReport) -> list[InspectedWeight]:
@@ -261,16 +280,20 @@ def _differences(weights: list[InspectedWeight], report: QuantizeReport) -> list
         if weight is None:
             wrong.append(f"'{record.name}' is in the report and not in the file")
         elif weight.bytes != record.bytes:
-            wrong.append(f"'{record.name}' takes {weight.bytes:,} bytes in the file, {record.bytes:,} in the report")
+            wrong.append(
+                f"'{record.name}' takes {weight.bytes:,} bytes in the file, {record.bytes:,} in the report"
+            )
         elif weight.shape != tuple(record.shape):
-            wrong.append(f"'{record.name}' is {list(weight.shape)} in the file, {list(record.shape)} in the report")
+            wrong.append(
+                f"'{record.name}' is {list(weight.shape)} in the file, {list(record.shape)} in the report"
+            )
     if wrong:
         wrong.append("the model was changed after onnxq wrote it; the sizes here are those of the file")
     return wrong
 
 
 def _measure(parts: dict[str, list[Part]], reference: Path) -> dict[str, float]:
-    """||W - W'||^2 / ||W||^2 of every weight that the reference has too, by name or by the node that reads it.
+    """||W - W'||^2 / ||W||^2 of every weight that the reference has too, by name or by its node.
 
     Peak memory: two copies of the largest weight in float32.
     """
@@ -279,7 +302,12 @@ def _measure(parts: dict[str, list[Part]], reference: Path) -> dict[str, float]:
     by_node = {site.name: weight for weight in originals for site in weight.sites}
     errors = {}
     for name, group in parts.items():
-        nodes = [user.name for part in group for node in part.nodes for user in (node, *node.outputs[0].consumers())]
+        nodes = [
+            user.name
+            for part in group
+            for node in part.nodes
+            for user in (node, *node.outputs[0].consumers())
+        ]
         weight = by_name.get(name) or next((by_node[node] for node in nodes if node in by_node), None)
         if weight is None or any(part.decode is None for part in group):
             continue
@@ -288,7 +316,7 @@ def _measure(parts: dict[str, list[Part]], reference: Path) -> dict[str, float]:
             errors[name] = relative_error(weight.matrix(), decoded)
     if parts and not errors:
         raise ModelError(
-            f"None of the {count(len(parts), 'quantised weight')} is in {reference} under the same name or node. "
+            f"None of {count(len(parts), 'quantised weight')} is in {reference} under the same name or node. "
             "Name the float model that this one was made of."
         )
     return errors

@@ -19,8 +19,8 @@ def node_data(inspection: Inspection, metric: Metric = "bits") -> dict[str, Any]
 
     Args:
         inspection: the model.
-        metric: true bits per weight, bytes in the file, or signal-to-noise of the weight in dB (weights without a
-            known error are left out).
+        metric: true bits per weight, bytes in the file, or signal-to-noise of the weight in dB (weights
+            without a known error are left out).
     """
     results = {}
     for weight in inspection.weights:

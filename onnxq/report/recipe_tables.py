@@ -18,10 +18,10 @@ def recipes(known: Mapping[str, Recipe]) -> list[RenderableType]:
     for name, recipe in known.items():
         solver = recipe.linear.solver.name + (", sequential" if recipe.calibration.sequential else "")
         made.add_row(
-            Text(name, style="bold"), _grid(recipe.linear.grid), solver, _grid(recipe.tables.grid), recipe.target,
-            escape(recipe.description),
+            Text(name, style="bold"), _grid(recipe.linear.grid), solver, _grid(recipe.tables.grid),
+            recipe.target, escape(recipe.description),
         )  # fmt: skip
-    foot = "`onnxq recipes NAME` prints one as YAML; save it, change it, and give the file to `onnxq quantize --recipe`."
+    foot = "`onnxq recipes NAME` prints one as YAML: save it, change it, and give the file to --recipe."
     return [made, Text(foot, style="dim")]
 
 

@@ -1,7 +1,7 @@
 """Which stored tensors of a graph are quantised weights, whoever quantised them, and how they decode.
 
-Each kind of reader (our ops, MatMulNBits, GatherBlockQuantized, DequantizeLinear, the integer products) has one
-entry in `_READERS`: which inputs hold codes, scales and zero points. A new form is one entry more.
+Each kind of reader (our ops, MatMulNBits, GatherBlockQuantized, DequantizeLinear, the integer products) has
+one entry in `_READERS`: which inputs hold codes, scales and zero points. A new form is one entry more.
 """
 
 from __future__ import annotations
@@ -76,12 +76,22 @@ def stored_parts(model: ir.Model) -> list[Part]:
         said = describe(node)
         if said is None:
             continue
-        tensors = dict.fromkeys(v for operand in operands for v in stored_behind(operand) if v.is_initializer())
+        tensors = dict.fromkeys(
+            v for operand in operands for v in stored_behind(operand) if v.is_initializer()
+        )
         known = found.get(codes[0])
         if known is None:
             name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes[0].name or node.name or "")
             found[codes[0]] = Part(
-                name, said.n, said.k, said.bits, said.label, (node,), (said.kind,), tuple(tensors), said.decode
+                name,
+                said.n,
+                said.k,
+                said.bits,
+                said.label,
+                (node,),
+                (said.kind,),
+                tuple(tensors),
+                said.decode,
             )
         else:
             found[codes[0]] = dataclasses.replace(
@@ -112,9 +122,7 @@ def _type(value: ir.Value) -> ir.DataType | None:
 
 def _array(value: ir.Value | None) -> np.ndarray:
     """The tensor that alone is behind a value, as it is stored."""
-    behind = [v for v in stored_behind(value) if v.is_initializer()]
-    tensor = initializer(behind[0])
-    assert tensor is not None
+    (tensor,) = (t for v in stored_behind(value) if v.is_initializer() and (t := initializer(v)) is not None)
     return read_array(tensor)
 
 
@@ -129,20 +137,20 @@ def _describe_ours(node: ir.Node) -> _Found:
         middle = int(zeros.ravel()[0]) == UniformFormat(bits, group).quantize_zero((2**bits - 1) / 2)
         zero_point = ZeroPoint.MIDRISE if middle else ZeroPoint.INTEGER
     column = group >= ceil_div(k, 32) * 32
-    format = UniformFormat(bits, None if column else group, zero_point)
+    grid = UniformFormat(bits, None if column else group, zero_point)
 
     def decode() -> np.ndarray:
         arrays = PackedUniform(_array(node.inputs[1]), _array(node.inputs[2]), zeros)
-        return UniformEncoding.unpack(arrays, format, n, k, gain).dequantize()
+        return UniformEncoding.unpack(arrays, grid, n, k, gain).dequantize()
 
     kind = "table" if node.op_type == "LowBitGather" else "linear"
-    return _Found(n, k, bits, format.label(), kind, decode)
+    return _Found(n, k, bits, grid.label(), kind, decode)
 
 
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
     """Bytes [..., B] of low-first fields to codes [..., B * 8 / bits]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    codes: np.ndarray = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return codes.reshape(*packed.shape[:-1], -1)
 
 
@@ -160,7 +168,8 @@ def _decode_blocks(
         else:
             middle = stored.reshape(n, -1).astype(np.float32)
     wide = [np.repeat(side, block, axis=1)[:, :k] for side in (steps, middle)]
-    return (codes[:, :k].astype(np.float32) - wide[1]) * wide[0]
+    decoded: np.ndarray = (codes[:, :k].astype(np.float32) - wide[1]) * wide[0]
+    return decoded
 
 
 def _describe_nbits(node: ir.Node) -> _Found:
@@ -169,16 +178,16 @@ def _describe_nbits(node: ir.Node) -> _Found:
     zeros = node.inputs[3] if len(node.inputs) > 3 else None
 
     def decode() -> np.ndarray:
-        return _decode_blocks(_fields(_array(node.inputs[1]).reshape(n, -1), bits), node.inputs[2], zeros, bits, block, k)
+        return _decode_blocks(
+            _fields(_array(node.inputs[1]).reshape(n, -1), bits), node.inputs[2], zeros, bits, block, k
+        )
 
     return _Found(n, k, bits, f"int{bits} blocks of {block}", "linear", decode)
 
 
 def _describe_rows(node: ir.Node) -> _Found | None:
-    codes = stored_behind(node.inputs[0])[0]
-    tensor = initializer(codes)
-    assert tensor is not None
-    if len(tensor.shape) != 2:
+    tensor = initializer(stored_behind(node.inputs[0])[0])
+    if tensor is None or len(tensor.shape) != 2:
         return None
     bits = node.attributes.get_int("bits", 4) if tensor.dtype == ir.DataType.UINT8 else tensor.dtype.bitwidth
     n, width = (int(dim) for dim in tensor.shape.numpy())
@@ -194,29 +203,40 @@ def _describe_rows(node: ir.Node) -> _Found | None:
 
 
 def _describe_dequantize(node: ir.Node) -> _Found | None:
-    codes = stored_behind(node.inputs[0])[0]
-    tensor = initializer(codes)
-    assert tensor is not None
-    dims = tuple(int(dim) for dim in tensor.shape.numpy())
-    if not dims:
+    tensor = initializer(stored_behind(node.inputs[0])[0])
+    if tensor is None or not len(tensor.shape):
         return None
+    dims = tuple(int(dim) for dim in tensor.shape.numpy())
     users = [user for output in node.outputs for user in output.consumers()]
     table = any(user.op_type == "Gather" for user in users)
     turned = len(dims) == 2 and any(
-        user.op_type == "MatMul" or user.op_type == "Gemm" and not user.attributes.get_int("transB", 0) for user in users
+        user.op_type == "MatMul" or (user.op_type == "Gemm" and not user.attributes.get_int("transB", 0))
+        for user in users
     )
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     scales = initializer(node.inputs[1])
-    grouping = f"blocks of {block}" if block else "per tensor" if scales is None or scales.size == 1 else "per column"
+    grouping = (
+        f"blocks of {block}"
+        if block
+        else "per tensor"
+        if scales is None or scales.size == 1
+        else "per column"
+    )
     flat = (dims[0], int(np.prod(dims[1:], dtype=np.int64)))
     n, k = (flat[1], flat[0]) if turned else flat
 
     def decode() -> np.ndarray:
         stored = _array(node.inputs[0]).astype(np.float32)
         sides = [_array(node.inputs[1]).astype(np.float32)]
-        sides.append(_array(node.inputs[2]).astype(np.float32) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros_like(sides[0]))
+        sides.append(
+            _array(node.inputs[2]).astype(np.float32)
+            if len(node.inputs) > 2 and node.inputs[2] is not None
+            else np.zeros_like(sides[0])
+        )
         if block:
-            sides = [np.take(np.repeat(side, block, axis=axis), range(dims[axis]), axis=axis) for side in sides]
+            sides = [
+                np.take(np.repeat(side, block, axis=axis), range(dims[axis]), axis=axis) for side in sides
+            ]
         elif sides[0].size > 1:
             along = [1] * len(dims)
             along[axis] = dims[axis]

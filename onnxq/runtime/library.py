@@ -28,15 +28,19 @@ def library_path() -> Path:
         if not Path(named).is_file():
             raise LibraryError(f"{LIBRARY_VARIABLE} names {named}, which is no file. Mend or unset the variable.")
         return Path(named).resolve()
-    path = Path(__file__).parent.parent / "lib" / _FILE_NAMES.get(sys.platform, "libonnxq_ops.so")
-    if not path.is_file():
-        raise LibraryError(
-            f"The kernel library is not at {path}: this copy of onnxq was not built. Install it with "
-            "`pip install .` (it compiles custom_ops/), or name a library file in the environment variable "
-            f"{LIBRARY_VARIABLE}. Models run without it too, on stock ONNX Runtime: "
-            "`onnxq.session(path, library=False)`."
-        )
-    return path
+    import onnxq  # a package in editable form has two folders: the sources and what was built
+
+    name = _FILE_NAMES.get(sys.platform, "libonnxq_ops.so")
+    places = [Path(folder) / "lib" / name for folder in onnxq.__path__]
+    for path in places:
+        if path.is_file():
+            return path
+    raise LibraryError(
+        f"The kernel library is not at {places[0]}: this copy of onnxq was not built. Install it with "
+        "`pip install .` (it compiles custom_ops/), or name a library file in the environment variable "
+        f"{LIBRARY_VARIABLE}. Models run without it too, on stock ONNX Runtime: "
+        "`onnxq.session(path, library=False)`."
+    )
 
 
 def describe_library() -> dict[str, Any]:

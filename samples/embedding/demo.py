@@ -61,7 +61,7 @@ def main(
     """Runs the demo."""
     folder = folder or cache_folder() / "demo"
     folder.mkdir(parents=True, exist_ok=True)
-    source, text = fetch("minilm"), fetch("text")
+    source, text = fetch("minilm"), fetch("reviews")
     exported = folder / "minilm-fp32"
     if not (exported / "model.onnx").exists():
         with console.status("exporting MiniLM-L6-v2 to ONNX"):

@@ -1,0 +1,123 @@
+"""`onnxq quantize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from onnxq.cli.options import (
+    DATA_HELP,
+    Force,
+    Json,
+    Threads,
+    Tokenizer,
+    Verbose,
+    adjusted_recipe,
+    parse_group_size,
+)
+from onnxq.cli.output import emit, error_console
+from onnxq.errors import BudgetError
+
+if TYPE_CHECKING:
+    from onnxq.report.records import QuantizeReport
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="An .onnx file, or the folder of an exported model.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="The .onnx file to write (weights go to OUT.data beside it), or the folder."),
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="A preset (`onnxq recipes` lists them) or a YAML file.", metavar="NAME|FILE")
+    ] = "uniform",
+    calibration: Annotated[Path | None, typer.Option(help=DATA_HELP, metavar="DATA")] = None,
+    tokenizer: Tokenizer = None,
+    size: Annotated[str | None, typer.Option(help="Ceiling of the written files, such as 20MB.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Ceiling of the mean bits of products' weights, side data counted.")
+    ] = None,
+    table_bits: Annotated[
+        float | None, typer.Option(help="Ceiling of the mean bits of tables, side data counted.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Bits of every code, 1 to 8, instead of a budget.")
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Weights that share a scale: a multiple of 32, or 'column'.")
+    ] = None,
+    target: Annotated[
+        Literal["kernel", "stock"] | None,
+        typer.Option(help="kernel: our ops with function bodies. stock: what stock ONNX Runtime runs fast."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn at random.")] = None,
+    threads: Threads = None,
+    force: Force = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show formats and sizes; solve and write nothing.")
+    ] = False,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Rewrite a model's weights to a few bits."""
+    if width is not None and (size is not None or bits is not None):
+        raise BudgetError(
+            "--width fixes the bits that --size and --bits would choose: give one or the other."
+        )
+    chosen = adjusted_recipe(
+        recipe, width=width, group_size=parse_group_size(group_size), target=target, seed=seed
+    )
+
+    from onnxq.allocation.budget import parse_size
+    from onnxq.cli.progress import RichProgress
+    from onnxq.report.tables import Asked, quantize_report
+
+    asked = Asked(None if size is None else parse_size(size), bits, table_bits)
+    with RichProgress(error_console()) as progress:
+        options = {
+            **dataclasses.asdict(asked),
+            "recipe": chosen,
+            "calibration": calibration,
+            "tokenizer": tokenizer,
+            "threads": threads,
+            "force": force,
+            "progress": progress,
+        }
+        reports = _run(model, out, plan, options)
+    many = len(reports) > 1
+    plain = {key: report.to_dict() for key, report in reports.items()}
+    told = {"asked": asked, "planned": plan}
+    emit(
+        json,
+        {"graphs": plain, **told} if many else {**next(iter(plain.values())), **told},
+        lambda: [
+            part
+            for report in reports.values()
+            for part in (*quantize_report(report, verbose=verbose, planned=plan, asked=asked), *([""] * many))
+        ],
+    )
+
+
+def _run(model: Path, out: Path, plan: bool, options: dict[str, Any]) -> dict[str, QuantizeReport]:
+    """The reports by graph: of one file, or of every graph of a folder that becomes a folder."""
+    from onnxq.pipeline import quantize, quantize_folder
+
+    if not model.is_dir() or out.suffix == ".onnx":
+        return {out.name: quantize(model, out, plan_only=plan, **options)}
+    graphs = sorted(model.glob("*.onnx"))
+    if options["size"] is not None and len(graphs) > 1:
+        raise BudgetError(
+            f"--size holds for one file and {model} has {len(graphs)} graphs: give --bits and --table-bits, "
+            "or quantise them one by one."
+        )
+    if not plan or not graphs:
+        return quantize_folder(model, out, **options)
+    with tempfile.TemporaryDirectory() as nowhere:
+        return {
+            graph.name: quantize(graph, Path(nowhere) / graph.name, plan_only=True, **options)
+            for graph in graphs
+        }
