@@ -1,7 +1,7 @@
-"""Recipes: a typed, frozen description of a run, from a preset or a YAML file, stored in the model that it made.
+"""Recipes: a typed, frozen description of a run, from a preset or a YAML file, stored in the model it made.
 
-Unknown keys are refused with the nearest valid name; values out of range with what is allowed. To add a preset, add
-an entry to `_PRESETS`.
+Unknown keys are refused with the nearest valid name; values out of range with what is allowed. To add a
+preset, add an entry to `_PRESETS`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,24 @@ def _require(condition: bool, sentence: str) -> None:
         raise RecipeError(f"{sentence}.")
 
 
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _require_choice(value: Any, choices: Sequence[Any], where: str) -> None:
+    if value not in choices:
+        near = _nearest(str(value), [str(choice) for choice in choices])
+        raise RecipeError(f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.{near}")
+
+
+def _require_choices(record: Any) -> None:
+    """Check the fields that name one of several things: Python callers don't come past `Recipe.from_dict`."""
+    for name, kind in typing.get_type_hints(type(record)).items():
+        if typing.get_origin(kind) is Literal:
+            _require_choice(getattr(record, name), typing.get_args(kind), name)
+
+
 @dataclasses.dataclass(frozen=True)
 class GridSpec:
     """A uniform grid.
@@ -38,8 +56,8 @@ class GridSpec:
     Attributes:
         bits: 1 to 8.
         group_size: weights along K that share a step: a multiple of 32, or "column".
-        zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is midrise at 1 and 2 bits and per-group above, and
-            with target "stock" the nearest that stock ONNX Runtime can hold.
+        zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is midrise at 1 and 2 bits and per-group
+            above, and with target "stock" the nearest that stock ONNX Runtime can hold.
     """
 
     bits: int = 4
@@ -47,8 +65,10 @@ class GridSpec:
     zero_point: ZeroPointName = "auto"
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require(1 <= self.bits <= 8, f"bits is {self.bits}; it must be 1 to 8")
-        whole = self.group_size == "column" or (self.group_size >= 32 and self.group_size % 32 == 0)
+        size = self.group_size
+        whole = size == "column" or (isinstance(size, int) and size >= 32 and size % 32 == 0)
         _require(whole, f'group_size is {self.group_size}; it must be a multiple of 32, or "column"')
 
     def format(self, target: str) -> UniformFormat:
@@ -60,7 +80,7 @@ class GridSpec:
         if self.zero_point != "auto":
             return ZeroPoint(self.zero_point)
         if target == "stock" and self.bits in (2, 4, 8):
-            return ZeroPoint.PER_GROUP_INTEGER
+            return ZeroPoint.PER_GROUP_INTEGER if self.bits == 8 else ZeroPoint.INTEGER
         return ZeroPoint.MIDRISE if self.bits <= 2 else ZeroPoint.PER_GROUP
 
 
@@ -83,6 +103,7 @@ class SolverSpec:
     sweeps: int = 0
 
     def __post_init__(self) -> None:
+        _require_choices(self)
         _require(self.damping > 0, f"damping is {self.damping}; it must be above 0, such as 0.01")
         _require(self.sweeps >= 0, f"sweeps is {self.sweeps}; it must be 0 or more")
 
@@ -100,6 +121,9 @@ class LinearPlan:
     grid: GridSpec = GridSpec()
     solver: SolverSpec = SolverSpec()
     activations: Literal["int8", "float32"] = "int8"
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +152,9 @@ class Rule:
     grid: GridSpec | None = None
 
     def __post_init__(self) -> None:
-        _require(self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid")
+        _require(
+            self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +203,15 @@ class Recipe:
     target: Literal["kernel", "stock"] = "kernel"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self.min_elements >= 0, f"min_elements is {self.min_elements}; it must be 0 or more")
+        if self.target == "stock":
+            _require_whole_zeros(self.linear.grid, "linear.grid")
+            _require_whole_zeros(self.tables.grid, "tables.grid")
+            for index, rule in enumerate(self.rules):
+                _require_whole_zeros(rule.grid, f"rules[{index}].grid")
+
     def rule_for(self, names: Sequence[str]) -> Rule | None:
         """The first rule that matches one of the names of a weight and its sites."""
         for rule in self.rules:
@@ -191,7 +226,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """YAML that `from_yaml` reads back to an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
 
     def digest(self) -> str:
         """Equal for recipes that do the same: name and description don't count."""
@@ -235,6 +271,16 @@ class Recipe:
         return cls.from_yaml(path.read_text())
 
 
+def _require_whole_zeros(grid: GridSpec | None, where: str) -> None:
+    """Refuse a grid that names zero points which stock ONNX Runtime has no place for."""
+    if grid is None or grid.zero_point == "auto" or ZeroPoint(grid.zero_point).whole:
+        return
+    raise RecipeError(
+        f'{where}.zero_point is {grid.zero_point}; with target "stock" zero points must be whole numbers: '
+        '"integer", "per-group-integer", or "auto" to have one chosen.'
+    )
+
+
 def uniform_recipe(
     bits: int = 4,
     group_size: GroupSize = 64,
@@ -245,7 +291,8 @@ def uniform_recipe(
     """The preset `uniform` at another width: `--width` and `--group-size` of the command line.
 
     Args:
-        bits, group_size: of products' weights.
+        bits: of products' weights.
+        group_size: of products' weights and tables.
         table_bits: of tables; None takes `bits`, but 4 at least.
         target: see `Recipe`.
     """
@@ -268,7 +315,7 @@ _PRESETS = {
     for recipe in (
         Recipe(
             "uniform",
-            "Uniform grids, error feedback from calibration data, 4 bits in groups of 64; --width sets another.",
+            "Uniform grids, error feedback from calibration data, 4 bits in groups of 64; see --width.",
         ),
         Recipe(
             "uniform-nearest",
@@ -284,11 +331,6 @@ _PRESETS = {
 }
 
 
-def _nearest(word: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Checks plain data against a type of this module and makes the value."""
     if dataclasses.is_dataclass(kind):
@@ -297,10 +339,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _build_union(choices, value, where)
     if origin is Literal:
-        if value in choices:
-            return value
-        near = _nearest(str(value), [str(choice) for choice in choices])
-        raise RecipeError(f"{where} is {value!r}; it must be one of {', '.join(map(str, choices))}.{near}")
+        _require_choice(value, choices, where)
+        return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise RecipeError(f"{where} must be a list, not {value!r}.")
@@ -320,11 +360,15 @@ def _build_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     for option in options:
         try:
             return _build(option, value, where)
-        except RecipeError as error:
+        except RecipeError as error:  # noqa: PERF203 - two options at most
             errors.append(error)
     # A record's own complaint says more than "none of these types".
-    raise errors[0] if len(errors) == 1 else RecipeError(
-        f"{where} is {value!r}; it must be {' or '.join(_plain_name(option) for option in options)}."
+    raise (
+        errors[0]
+        if len(errors) == 1
+        else RecipeError(
+            f"{where} is {value!r}; it must be {' or '.join(_plain_name(option) for option in options)}."
+        )
     )
 
 
@@ -336,7 +380,8 @@ def _build_record(kind: Any, value: Any, where: str) -> Any:
     for key in value:
         if key not in fields:
             raise RecipeError(
-                f"{where} has no key {key!r}.{_nearest(str(key), list(fields))} Valid keys: {', '.join(fields)}."
+                f"{where} has no key {key!r}.{_nearest(str(key), list(fields))} "
+                f"Valid keys: {', '.join(fields)}."
             )
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in value]

@@ -25,7 +25,7 @@ from onnxq.calibration.collect import Progress as Runs
 from onnxq.errors import BudgetError, OnnxqError
 from onnxq.evaluation.load_probe import peak_bytes
 from onnxq.graph import LoadedModel, StreamingWriter, find_weights, load
-from onnxq.passes.forms import StoredWeight, choose_form
+from onnxq.passes.forms import Readers, StoredWeight, choose_form
 from onnxq.passes.functions import inline_functions_with_sites
 from onnxq.passes.rewrite import Assignment, RewriteSitesPass
 from onnxq.pipeline.budget import Budget, fit_budget
@@ -291,8 +291,7 @@ def _store(
             encoding,
             stock=job.recipe.target == "stock",
             opset=job.loaded.opset,
-            linear="linear" in weight.kinds,
-            table="table" in weight.kinds,
+            readers=Readers.of(weight.sites),
             accuracy_level=item.accuracy_level,
         )
         prefix = weight.name if weight.batch == 1 else f"{weight.name}.{index}"

@@ -64,7 +64,7 @@ def error_feedback(
     """Round a weight so that the output of its layer moves little.
 
     Memory: about 20 bytes for each of at most 2**23 elements at a time, the result, and K x K matrices: one
-    in float64 while the factor is found, and two in float32.
+    in float64 and two in float32 while the factor is found, then two in float32.
 
     Args:
         weight: float [N, K].
@@ -250,7 +250,8 @@ def _factorise(
                 "inputs x: gather the statistics again."
             )
     roots = np.diagonal(factor).copy()
-    return moment, (factor / roots).astype(np.float32), roots**2, visit
+    factor /= roots
+    return moment, factor.astype(np.float32), roots**2, visit
 
 
 def factorise_upper(matrix: np.ndarray) -> None:

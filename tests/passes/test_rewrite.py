@@ -11,7 +11,7 @@ import pytest
 
 from onnxq.formats.uniform import UniformEncoding, UniformFormat, ZeroPoint, choose_gain, round_scales
 from onnxq.graph import find_weights
-from onnxq.passes.forms import StoredWeight, choose_form
+from onnxq.passes.forms import Readers, StoredWeight, choose_form
 from onnxq.passes.rewrite import WEIGHT_PROPERTY, Assignment, RewriteSitesPass, site_refusal
 from tests.encodings import relative_error
 
@@ -73,9 +73,8 @@ def rewrite(proto: onnx.ModelProto, *, stock: bool = False) -> tuple[onnx.ModelP
             encoding = rounded(member)
             opset = model.graph.opset_imports[""]
             form, _ = choose_form(
-                encoding, stock=stock, opset=opset, linear="linear" in weight.kinds, table="table" in weight.kinds,
-                accuracy_level=1,
-            )  # fmt: skip
+                encoding, stock=stock, opset=opset, readers=Readers.of(weight.sites), accuracy_level=1
+            )
             tensors = {
                 role: ir.Value(name=f"{weight.name}.{index}.{role}", const_value=ir.tensor(array))
                 for role, array in form.arrays(encoding).items()
@@ -204,8 +203,8 @@ def test_half_precision_computes_in_float() -> None:
     check(proto, {"ids": np.array([3, 1])}, HALF)
 
 
-@pytest.mark.parametrize("opset", [13, 17, 21])
-def test_both_branches_of_an_if_read_one_weight(opset: int) -> None:
+@pytest.mark.parametrize(("opset", "stock"), [(13, False), (17, False), (21, False), (17, True), (21, True)])
+def test_both_branches_of_an_if_read_one_weight(opset: int, stock: bool) -> None:
     def branch(name: str, op: str) -> onnx.GraphProto:
         nodes = [oh.make_node("MatMul", ["x", "w"], [f"h_{name}"]), oh.make_node(op, [f"h_{name}"], [f"y_{name}"])]
         return oh.make_graph(nodes, name, [], [oh.make_tensor_value_info(f"y_{name}", 1, ["s", N])])
@@ -216,9 +215,10 @@ def test_both_branches_of_an_if_read_one_weight(opset: int) -> None:
         nodes, {"x": ["s", K], "ids": [1]}, {"y": ["s", N]}, {"w": weight(K, N), "zero": np.zeros(1, np.int64)}, opset
     )
     for flag in (0, 1):
-        model = check(proto, {"x": weight(3, K), "ids": np.array([flag])})
-        assert op_types(model).count("LowBitMatMul") == 2
-        assert {"w.0.packed", "w.0.scales", "w.0.zero_points"} <= set(model.graph.initializers)
+        feeds = {"x": weight(3, K), "ids": np.array([flag])}
+        model = check(proto, feeds, INT8_ACTIVATIONS if stock else FLOAT32_SUMMATION, stock)
+        assert op_types(model).count("MatMulNBits" if stock else "LowBitMatMul") == 2
+        assert len(model.graph.initializers) == 4
 
 
 def test_what_cannot_be_rewritten_says_why() -> None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from onnxq.formats.uniform import UniformFormat, ZeroPoint
-from onnxq.passes.forms import BlockForm, DequantizeForm, Form, KernelForm, StoredWeight, choose_form
+from onnxq.passes.forms import BlockForm, DequantizeForm, Form, KernelForm, Readers, StoredWeight, choose_form
 from onnxq.passes.forms.stock import dequantize_refusal
 from tests.encodings import random_encoding, relative_error
 
@@ -87,10 +87,25 @@ def test_block_form_serves_product_and_lookup(
     np.testing.assert_array_equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("readers", [Readers(2, 0, False), Readers(1, 0, True), Readers(1, 1, False)])
+def test_what_is_read_twice_or_from_a_branch_is_no_dequantize_form(readers: Readers) -> None:
+    encoding = random_encoding(UniformFormat(4, 64, ZeroPoint.INTEGER), 48, 128)
+    form, _ = choose_form(encoding, stock=True, opset=25, readers=readers, accuracy_level=4)
+    assert form == BlockForm(flat=readers.tables > 0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_block_form_of_products_alone_needs_no_reshape(bits: int, tmp_path: Path) -> None:
+    encoding = random_encoding(UniformFormat(bits, 64, ZeroPoint.PER_GROUP_INTEGER), 50, 100)
+    (got,), (expected,), operators = run_form(BlockForm(flat=False), encoding, linear=True, table=False, path=tmp_path)
+    assert operators == ["MatMulNBits"]
+    assert relative_error(got, expected) <= INT8_ACTIVATIONS
+
+
 @pytest.mark.parametrize("n", [47, 49, 50])
 def test_two_bits_avoid_the_shapes_that_onnx_runtime_fuses_wrongly(n: int, tmp_path: Path) -> None:
     encoding = random_encoding(UniformFormat(2, 64, ZeroPoint.INTEGER), n, 128)
-    form, _ = choose_form(encoding, stock=True, opset=25, linear=True, table=False, accuracy_level=4)
+    form, _ = choose_form(encoding, stock=True, opset=25, readers=Readers(1, 0, False), accuracy_level=4)
     assert isinstance(form, BlockForm)
     (got,), (expected,), _ = run_form(form, encoding, linear=True, table=False, path=tmp_path)
     assert relative_error(got, expected) <= INT8_ACTIVATIONS
@@ -110,13 +125,13 @@ def test_two_bits_avoid_the_shapes_that_onnx_runtime_fuses_wrongly(n: int, tmp_p
 )
 def test_formats_without_a_stock_form_stay_functions_and_say_why(format: UniformFormat, reason: str) -> None:
     encoding = random_encoding(format, 48, 128)
-    form, note = choose_form(encoding, stock=True, opset=25, linear=True, table=False, accuracy_level=4)
+    form, note = choose_form(encoding, stock=True, opset=25, readers=Readers(1, 0, False), accuracy_level=4)
     assert isinstance(form, KernelForm)
     assert note == f"left as a function: stock ONNX Runtime needs {reason}" or reason in note
 
 
 def test_a_table_whose_rows_are_no_whole_blocks_stays_a_function() -> None:
     encoding = random_encoding(UniformFormat(4, 64, ZeroPoint.INTEGER), 48, 100)
-    form, note = choose_form(encoding, stock=True, opset=25, linear=False, table=True, accuracy_level=4)
+    form, note = choose_form(encoding, stock=True, opset=25, readers=Readers(0, 1, False), accuracy_level=4)
     assert isinstance(form, KernelForm)
     assert "rows of 100 are not whole blocks of 64" in note

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from onnxq.formats.uniform import UniformEncoding
+from onnxq.graph import Site
 from onnxq.passes.forms.base import Form, StoredWeight
 from onnxq.passes.forms.kernel import KernelForm
 from onnxq.passes.forms.stock import BlockForm, DequantizeForm, block_size, dequantize_refusal, stock_refusal
 
-__all__ = ["BlockForm", "DequantizeForm", "Form", "KernelForm", "StoredWeight", "choose_form"]
+__all__ = ["BlockForm", "DequantizeForm", "Form", "KernelForm", "Readers", "StoredWeight", "choose_form"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """Who reads a weight.
+
+    Attributes:
+        products: linear sites.
+        tables: look-ups.
+        nested: whether one of them stands in a branch or loop, where the weight is an outer-scope value.
+    """
+
+    products: int
+    tables: int
+    nested: bool
+
+    @classmethod
+    def of(cls, sites: Sequence[Site]) -> Readers:
+        """The readers among the sites of a weight."""
+        tables = sum(site.kind == "table" for site in sites)
+        return cls(len(sites) - tables, tables, any(site.graph is not site.root.graph for site in sites))
 
 
 def choose_form(
-    encoding: UniformEncoding, *, stock: bool, opset: int, linear: bool, table: bool, accuracy_level: int
+    encoding: UniformEncoding, *, stock: bool, opset: int, readers: Readers, accuracy_level: int
 ) -> tuple[Form, str]:
     """The form of a weight and, where it is not the one asked for, the reason.
 
@@ -19,7 +44,7 @@ def choose_form(
         encoding: the weight.
         stock: whether forms that stock ONNX Runtime runs fast are asked for.
         opset: version of the default domain.
-        linear, table: what kinds of site read the weight.
+        readers: the sites of the weight.
         accuracy_level: activations of the kernel, as in MatMulNBits.
 
     Returns:
@@ -29,10 +54,12 @@ def choose_form(
     if not stock:
         return kernel, ""
     refusal = stock_refusal(encoding)
-    if refusal is None and table and encoding.shape[1] % block_size(encoding):
+    if refusal is None and readers.tables and encoding.shape[1] % block_size(encoding):
         refusal = f"rows of {encoding.shape[1]} are not whole blocks of {block_size(encoding)}"
     if refusal is not None:
         return kernel, f"left as a function: {refusal}"
-    if table or dequantize_refusal(encoding, opset):
-        return BlockForm(), ""
-    return DequantizeForm(), ""
+    # ONNX Runtime fuses a DequantizeLinear whose codes have one reader, in the same graph.
+    alone = readers.products == 1 and not readers.tables and not readers.nested
+    if alone and dequantize_refusal(encoding, opset) is None:
+        return DequantizeForm(), ""
+    return BlockForm(flat=readers.tables > 0), ""

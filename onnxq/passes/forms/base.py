@@ -38,7 +38,10 @@ class StoredWeight:
 class Form(Protocol):
     """How an encoding is stored in a graph and read by its sites."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
 
     def arrays(self, encoding: Any) -> dict[str, np.ndarray]:
         """The arrays to store, by role; small dtypes as ml_dtypes."""

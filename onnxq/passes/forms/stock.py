@@ -131,14 +131,21 @@ class DequantizeForm:
 
 @dataclasses.dataclass(frozen=True)
 class BlockForm:
-    """MatMulNBits and GatherBlockQuantized of the domain com.microsoft over one initializer [N, K * bits / 8].
+    """MatMulNBits and GatherBlockQuantized of the domain com.microsoft over one initializer.
 
     Attributes:
+        flat: store codes as [N, K * bits / 8] for look-ups; products then reshape them, and ONNX Runtime holds both
+            shapes in memory. Otherwise they are stored as products want them, [N, blocks, block * bits / 8].
         accuracy_level: of MatMulNBits; 4 computes with int8 activations, the only fast one at 2 and 8 bits.
     """
 
+    flat: bool = True
     accuracy_level: int = 4
-    name: str = "MatMulNBits, GatherBlockQuantized"
+
+    @property
+    def name(self) -> str:
+        """See `Form.name`."""
+        return "GatherBlockQuantized, MatMulNBits" if self.flat else "MatMulNBits"
 
     def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
         """See `Form.arrays`."""
@@ -150,8 +157,9 @@ class BlockForm:
         codes[:, :k] = encoding.codes
         if zeros is None:
             zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+        packed = _pack_fields(codes, bits)
         return {
-            "codes": _pack_fields(codes, bits),
+            "codes": packed if self.flat else packed.reshape(n, -1, block * bits // 8),
             "scales": np.ascontiguousarray(scales),
             "zero_points": _pack_fields(zeros, bits),
         }
@@ -163,9 +171,11 @@ class BlockForm:
     def linear(self, tape: ir.tape.Tape, x: ir.Value, weight: StoredWeight, bias: ir.Value | None) -> ir.Value:
         """See `Form.linear`."""
         n, k = weight.shape
-        bits, block = weight.attributes["bits"], weight.attributes["block_size"]
-        shape = constant(tape, np.array([n, ceil_div(k, block), block * bits // 8], np.int64))
-        codes = tape.op("Reshape", [weight.tensors["codes"], shape])
+        codes = weight.tensors["codes"]
+        if self.flat:
+            bits, block = weight.attributes["bits"], weight.attributes["block_size"]
+            shape = constant(tape, np.array([n, ceil_div(k, block), block * bits // 8], np.int64))
+            codes = tape.op("Reshape", [codes, shape])
         scales = _float_scales(tape, weight.tensors["scales"])
         attributes = {**weight.attributes, "K": k, "N": n, "accuracy_level": self.accuracy_level}
         inputs = [x, codes, scales, weight.tensors["zero_points"]]

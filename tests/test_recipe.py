@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxq.errors import RecipeError
+from onnxq.formats.uniform import ZeroPoint
+from onnxq.recipe import (
+    CalibrationSpec,
+    GridSpec,
+    LinearPlan,
+    Recipe,
+    Rule,
+    SolverSpec,
+    TablePlan,
+    presets,
+    uniform_recipe,
+)
+
+FULL = Recipe(
+    "everything",
+    "No field at its default.",
+    linear=LinearPlan(
+        GridSpec(3, "column", "integer"), SolverSpec("nearest", 0.1, "natural", False, 2), "float32"
+    ),
+    tables=TablePlan(None),
+    rules=(Rule("*.0.*", keep=True), Rule("head", grid=GridSpec(8, 32, "per-group-integer"))),
+    min_elements=7,
+    calibration=CalibrationSpec(3, 2, 1, True),
+    target="stock",
+    seed=5,
+)
+
+
+@pytest.mark.parametrize("recipe", [FULL, *presets().values()], ids=lambda recipe: recipe.name)
+def test_yaml_brings_back_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+
+
+def test_no_field_of_the_full_recipe_is_at_its_default() -> None:
+    """Keeps the round trip above honest when a field is added."""
+
+    def differs(record: Any) -> None:
+        for field in dataclasses.fields(record):
+            if field.default is not dataclasses.MISSING:
+                assert getattr(record, field.name) != field.default, field.name
+
+    for record in (FULL, FULL.linear, FULL.linear.grid, FULL.linear.solver, FULL.tables, FULL.calibration):
+        differs(record)
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    recipe = Recipe.from_yaml("name: short\nlinear: {grid: {bits: 3}}")
+    assert recipe == Recipe("short", linear=LinearPlan(GridSpec(3)))
+
+
+def test_a_whole_number_is_a_number() -> None:
+    recipe = Recipe.from_yaml("name: x\nlinear: {solver: {damping: 1}}")
+    assert isinstance(recipe.linear.solver.damping, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "linear: {grid: {bit: 3}}",
+            r"recipe\.linear\.grid has no key 'bit'. Did you mean 'bits'\? Valid keys: bits, ",
+        ),
+        ("lineer: {}", r"recipe has no key 'lineer'. Did you mean 'linear'\?"),
+        (
+            "rules: [{match: a, keep: true}, {match: b, gird: {}}]",
+            r"recipe\.rules\[1\] has no key 'gird'.*'grid'\?",
+        ),
+        ("linear: {grid: {bits: 9}}", "bits is 9; it must be 1 to 8"),
+        ("linear: {grid: {bits: 0}}", "bits is 0; it must be 1 to 8"),
+        ("linear: {grid: {bits: '4'}}", r"grid\.bits must be a whole number, not '4'"),
+        ("linear: {grid: {bits: true}}", r"grid\.bits must be a whole number, not True"),
+        ("linear: {grid: {group_size: 33}}", "group_size is 33; it must be a multiple of 32, or"),
+        (
+            "linear: {grid: {group_size: colum}}",
+            r"group_size is 'colum'; it must be a whole number or 'column'",
+        ),
+        ("linear: {grid: {zero_point: mid-rise}}", r"zero_point is 'mid-rise'.*Did you mean 'midrise'\?"),
+        ("linear: {solver: {name: gptq}}", "name is 'gptq'; it must be one of error-feedback, nearest"),
+        ("linear: {solver: {damping: 0}}", r"recipe\.linear\.solver: damping is 0\.0; it must be above 0"),
+        ("linear: {solver: {sweeps: -1}}", "sweeps is -1; it must be 0 or more"),
+        ("linear: {solver: {refit: 1}}", "refit must be true or false, not 1"),
+        ("linear: {activations: int4}", r"'int4'.*Did you mean 'int8'\?"),
+        ("linear: 4", "recipe.linear must be a mapping of keys, not 4"),
+        ("rules: {match: a}", "rules must be a list"),
+        ("rules: [{match: a}]", r"recipe\.rules\[0\]: the rule for 'a' must say either keep or grid"),
+        ("rules: [{match: a, keep: true, grid: {bits: 2}}]", "either keep or grid"),
+        ("rules: [{keep: true}]", r"recipe\.rules\[0\] lacks match"),
+        ("calibration: {batch_size: 0}", "batch_size is 0; it must be at least 1"),
+        ("min_elements: -1", "min_elements is -1; it must be 0 or more"),
+        ("target: stok", r"target is 'stok'; it must be one of kernel, stock. Did you mean 'stock'\?"),
+        ("seed: 1.5", "seed must be a whole number, not 1.5"),
+    ],
+)
+def test_a_slip_is_refused_with_its_place_and_its_cure(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(f"name: x\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1", "a mapping"), ("", "a mapping"), ("name: [", "not YAML"), ("seed: 1", "lacks name")],
+)
+def test_what_is_no_recipe_is_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(text)
+
+
+def test_python_is_checked_like_yaml() -> None:
+    """A misspelt solver must not pass for the other one."""
+    misspelt: Any = "error-feedbak"
+    with pytest.raises(RecipeError, match=r"Did you mean 'error-feedback'\?"):
+        SolverSpec(misspelt)
+    with pytest.raises(RecipeError, match="target is 'error-feedbak'"):
+        Recipe("x", target=misspelt)
+    with pytest.raises(RecipeError, match="activations is"):
+        LinearPlan(activations=misspelt)
+    with pytest.raises(RecipeError, match="zero_point is"):
+        GridSpec(zero_point=misspelt)
+    with pytest.raises(RecipeError, match="group_size is error-feedbak"):
+        GridSpec(group_size=misspelt)
+
+
+@pytest.mark.parametrize("fractional", ["midrise", "per-group"])
+@pytest.mark.parametrize(
+    "place", ["linear: {grid: %s}", "tables: {grid: %s}", "rules: [{match: a, grid: %s}]"]
+)
+def test_stock_takes_whole_zero_points_only(place: str, fractional: str) -> None:
+    text = place % f"{{zero_point: {fractional}}}"
+    Recipe.from_yaml(f"name: x\n{text}")
+    with pytest.raises(RecipeError, match=rf'grid\.zero_point is {fractional}; with target "stock".*"auto"'):
+        Recipe.from_yaml(f"name: x\ntarget: stock\n{text}")
+    whole = place % "{zero_point: integer}"
+    Recipe.from_yaml(f"name: x\ntarget: stock\n{whole}")
+
+
+def test_auto_zero_points_depend_on_width_and_target() -> None:
+    kinds = {bits: GridSpec(bits).format("kernel").zero_point for bits in range(1, 9)}
+    assert kinds == {bits: ZeroPoint.MIDRISE if bits <= 2 else ZeroPoint.PER_GROUP for bits in range(1, 9)}
+    assert all(GridSpec(bits).format("stock").zero_point.whole for bits in (2, 4, 8))
+    assert GridSpec(4, zero_point="midrise").format("kernel").zero_point is ZeroPoint.MIDRISE
+
+
+def test_a_column_is_no_group_size() -> None:
+    assert GridSpec(4, "column").format("kernel").group_size is None
+    assert GridSpec(4, 96).format("kernel").group_size == 96
+
+
+def test_the_first_matching_rule_decides() -> None:
+    first, second = Rule("*.1.*", keep=True), Rule("*", grid=GridSpec(8))
+    recipe = Recipe("x", rules=(first, second))
+    assert recipe.rule_for(["layer.1.weight"]) is first
+    assert recipe.rule_for(["layer.2.weight", "block.1.MatMul"]) is first
+    assert recipe.rule_for(["layer.2.weight"]) is second
+    assert Recipe("x", rules=(first,)).rule_for(["layer.2.weight"]) is None
+
+
+def test_digest_tells_what_differs_and_nothing_else() -> None:
+    base = presets()["uniform"]
+    assert dataclasses.replace(base, name="other", description="other").digest() == base.digest()
+    assert dataclasses.replace(base, seed=1).digest() != base.digest()
+    assert uniform_recipe(3).digest() != base.digest()
+    assert uniform_recipe().linear == base.linear
+    assert len({recipe.digest() for recipe in presets().values()}) == len(presets())
+    assert base.digest() == Recipe.from_yaml(base.to_yaml()).digest()
+
+
+def test_presets_are_found_by_name() -> None:
+    for name, recipe in presets().items():
+        assert Recipe.load(name) is recipe
+        assert recipe.name == name
+        assert recipe.description
+    with pytest.raises(
+        RecipeError, match=r"'unifrom' is neither a preset nor a file. Did you mean 'uniform'\?"
+    ):
+        Recipe.load("unifrom")
+
+
+def test_uniform_recipe_sets_widths() -> None:
+    recipe = uniform_recipe(2, 128)
+    assert (recipe.linear.grid.bits, recipe.linear.grid.group_size) == (2, 128)
+    assert recipe.tables.grid == GridSpec(4, 128)
+    assert uniform_recipe(6).tables.grid == GridSpec(6, 64)
+    assert uniform_recipe(6, table_bits=3, target="stock").tables.grid == GridSpec(3, 64)
