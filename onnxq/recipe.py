@@ -152,9 +152,7 @@ class Rule:
     grid: GridSpec | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid"
-        )
+        _require(self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,9 +364,7 @@ def _build_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     raise (
         errors[0]
         if len(errors) == 1
-        else RecipeError(
-            f"{where} is {value!r}; it must be {' or '.join(_plain_name(option) for option in options)}."
-        )
+        else RecipeError(f"{where} is {value!r}; it must be {' or '.join(_plain_name(option) for option in options)}.")
     )
 
 
@@ -380,8 +376,7 @@ def _build_record(kind: Any, value: Any, where: str) -> Any:
     for key in value:
         if key not in fields:
             raise RecipeError(
-                f"{where} has no key {key!r}.{_nearest(str(key), list(fields))} "
-                f"Valid keys: {', '.join(fields)}."
+                f"{where} has no key {key!r}.{_nearest(str(key), list(fields))} Valid keys: {', '.join(fields)}."
             )
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in value]

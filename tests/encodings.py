@@ -14,7 +14,11 @@ def random_encoding(format: UniformFormat, n: int, k: int, seed: int = 0) -> Uni
     codes = rng.integers(0, format.levels, (n, k)).astype(np.uint8)
     scales = rng.uniform(0.005, 0.01, (n, groups))
     gain = choose_gain(scales)
-    zeros = np.full((1, 1), format.shared_zero()) if format.zero_point.shared else rng.uniform(0, format.levels, (n, groups))
+    zeros = (
+        np.full((1, 1), format.shared_zero())
+        if format.zero_point.shared
+        else rng.uniform(0, format.levels, (n, groups))
+    )
     return UniformEncoding(format, codes, round_scales(scales, gain), format.quantize_zero(zeros), gain)
 
 

@@ -23,9 +23,7 @@ from onnxq.recipe import (
 FULL = Recipe(
     "everything",
     "No field at its default.",
-    linear=LinearPlan(
-        GridSpec(3, "column", "integer"), SolverSpec("nearest", 0.1, "natural", False, 2), "float32"
-    ),
+    linear=LinearPlan(GridSpec(3, "column", "integer"), SolverSpec("nearest", 0.1, "natural", False, 2), "float32"),
     tables=TablePlan(None),
     rules=(Rule("*.0.*", keep=True), Rule("head", grid=GridSpec(8, 32, "per-group-integer"))),
     min_elements=7,
@@ -133,9 +131,7 @@ def test_python_is_checked_like_yaml() -> None:
 
 
 @pytest.mark.parametrize("fractional", ["midrise", "per-group"])
-@pytest.mark.parametrize(
-    "place", ["linear: {grid: %s}", "tables: {grid: %s}", "rules: [{match: a, grid: %s}]"]
-)
+@pytest.mark.parametrize("place", ["linear: {grid: %s}", "tables: {grid: %s}", "rules: [{match: a, grid: %s}]"])
 def test_stock_takes_whole_zero_points_only(place: str, fractional: str) -> None:
     text = place % f"{{zero_point: {fractional}}}"
     Recipe.from_yaml(f"name: x\n{text}")
@@ -181,9 +177,7 @@ def test_presets_are_found_by_name() -> None:
         assert Recipe.load(name) is recipe
         assert recipe.name == name
         assert recipe.description
-    with pytest.raises(
-        RecipeError, match=r"'unifrom' is neither a preset nor a file. Did you mean 'uniform'\?"
-    ):
+    with pytest.raises(RecipeError, match=r"'unifrom' is neither a preset nor a file. Did you mean 'uniform'\?"):
         Recipe.load("unifrom")
 
 

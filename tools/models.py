@@ -202,9 +202,7 @@ def fetch(artefact: str | Artefact, cache: Path | None = None) -> Path:
 
 def is_whole(artefact: Artefact, folder: Path) -> bool:
     """Whether `folder` holds every file of the artefact with its pinned hash."""
-    return all(
-        (folder / name).is_file() and sha256_of(folder / name) == pin for name, pin in artefact.hashes.items()
-    )
+    return all((folder / name).is_file() and sha256_of(folder / name) == pin for name, pin in artefact.hashes.items())
 
 
 def _artefact(name: str) -> Artefact:

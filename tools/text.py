@@ -86,10 +86,7 @@ def as_files(sentences: Iterable[Sentence]) -> dict[str, bytes]:
     """
     files = {}
     for name, side in zip(("calibration", "heldout"), split(sentences), strict=True):
-        rows = (
-            f"{s.source}\t{s.document}\t{'' if s.rating is None else f'{s.rating:.6g}'}\t{s.text}"
-            for s in side
-        )
+        rows = (f"{s.source}\t{s.document}\t{'' if s.rating is None else f'{s.rating:.6g}'}\t{s.text}" for s in side)
         files[f"{name}.txt"] = _lines(s.text for s in side)
         files[f"{name}.tsv"] = _lines(rows)
     return files
@@ -114,9 +111,7 @@ def review_sentences(files: Files) -> Iterator[Sentence]:
         for number, line in enumerate(files[name].decode().splitlines(), 1):
             fields = line.split("\t", 2)
             if len(fields) != 3:
-                raise FetchError(
-                    f"{name}, line {number}: expected number, rating and text, got {line[:60]!r}"
-                )
+                raise FetchError(f"{name}, line {number}: expected number, rating and text, got {line[:60]!r}")
             yield Sentence(source, fields[0].split("_")[0], one_line(fields[2]), float(fields[1]))
 
 

@@ -77,7 +77,7 @@ def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict
         BudgetError: the cheapest points together are above the budget; the message says the floor.
     """
     hulls = {name: lower_hull(points) for name, points in curves.items()}
-    chosen = {name: 0 for name in hulls}
+    chosen = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].bits for hull in hulls.values())
     if spent > budget_bits:
         raise BudgetError(
@@ -100,9 +100,7 @@ def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict
     return _spend_rest(curves, picks, budget_bits - spent)
 
 
-def _spend_rest(
-    curves: Mapping[str, Sequence[Point[T]]], picks: dict[str, Point[T]], rest: int
-) -> dict[str, Point[T]]:
+def _spend_rest(curves: Mapping[str, Sequence[Point[T]]], picks: dict[str, Point[T]], rest: int) -> dict[str, Point[T]]:
     """Single moves, off the hull too, that still fit, the greatest saving first."""
     while True:
         moves = [

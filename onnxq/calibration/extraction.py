@@ -187,9 +187,7 @@ def _drop_unused_if_outputs(graph: ir.Graph) -> None:
             values = [branch.outputs[i] for i in kept]
             branch.outputs.clear()
             branch.outputs.extend(values)
-        slim = ir.Node(
-            "", "If", node.inputs, list(node.attributes.values()), num_outputs=len(kept), name=node.name
-        )
+        slim = ir.Node("", "If", node.inputs, list(node.attributes.values()), num_outputs=len(kept), name=node.name)
         for before, after in zip(old, slim.outputs, strict=True):
             after.name, after.type, after.shape = before.name, before.type, before.shape
         graph.insert_before(node, slim)
@@ -211,9 +209,7 @@ def _override(model: ir.Model, overrides: Mapping[str, np.ndarray]) -> dict[str,
         matches = found.get(name, [])
         if len(matches) != 1:
             problem = "is no initializer of the model" if not matches else "names several initializers"
-            raise CalibrationError(
-                f"Override '{name}' {problem}, so it can't be put in place. Check the name."
-            )
+            raise CalibrationError(f"Override '{name}' {problem}, so it can't be put in place. Check the name.")
         input_name = feed_constant(model, matches[0])
         fed[input_name] = _fit(name, matches[0], array)
     return fed

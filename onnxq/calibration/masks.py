@@ -58,12 +58,7 @@ class MaskRules:
         cached = any(n.startswith("past") and a.size for n, a in feed.items())
         for name in present:
             mask = feed[name] != 0
-            if (
-                cached
-                and new_tokens is not None
-                and new_tokens < mask.shape[1]
-                and not name.startswith("encoder_")
-            ):
+            if cached and new_tokens is not None and new_tokens < mask.shape[1] and not name.startswith("encoder_"):
                 mask = mask[:, mask.shape[1] - new_tokens :]
             rows = _spread(mask, leading)
             if rows is not None:
@@ -91,7 +86,7 @@ def _spread(mask: np.ndarray, leading: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _dependents(graph: ir.Graph, sources: Sequence[ir.Value]) -> set[int]:
-    """ids of the values that depend on the content of `sources` (Shape and Size do not pass it on)."""
+    """Ids of the values that depend on the content of `sources` (Shape and Size do not pass it on)."""
     found = {id(v) for v in sources}
 
     def walk(part: ir.Graph) -> None:

@@ -9,9 +9,7 @@ from onnxq.calibration.taps import Side, TapRequest
 from onnxq.graph import Site, Weight
 
 
-def requests_for(
-    weights: Iterable[Weight], level: Level | Callable[[Weight], Level] = "full"
-) -> list[TapRequest]:
+def requests_for(weights: Iterable[Weight], level: Level | Callable[[Weight], Level] = "full") -> list[TapRequest]:
     """One request per site of each weight.
 
     Args:

@@ -73,8 +73,7 @@ def group_blocks(model: ir.Model, requests: Iterable[TapRequest]) -> tuple[Block
         before = layer
         groups.setdefault(key, []).append(request)
     return tuple(
-        Block(key if isinstance(key, str) else members[0].site_name, tuple(members))
-        for key, members in groups.items()
+        Block(key if isinstance(key, str) else members[0].site_name, tuple(members)) for key, members in groups.items()
     )
 
 
@@ -141,7 +140,7 @@ class SequentialCalibration:
             self._folder.cleanup()
             self._folder = None
 
-    def __enter__(self) -> SequentialCalibration:  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __enter__(self) -> SequentialCalibration:
         return self
 
     def __exit__(

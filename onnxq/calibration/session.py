@@ -166,6 +166,4 @@ def _array(tensor: ir.TensorProtocol) -> np.ndarray:
 def _nbytes(value: Any) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return (
-        int(np.prod(value.shape())) * 2
-    )  # bfloat16; float8 is overstated, which only makes the session frugal
+    return int(np.prod(value.shape())) * 2  # bfloat16; float8 is overstated, which only makes the session frugal

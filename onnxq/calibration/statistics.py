@@ -202,9 +202,7 @@ def load_statistics(folder: str | Path) -> dict[str, Statistics]:
         found: dict[str, Statistics] = {}
         for key, entry in index["statistics"].items():
             arrays = {
-                field: np.load(
-                    source / name, mmap_mode="r" if field == "second_moment" else None, allow_pickle=False
-                )
+                field: np.load(source / name, mmap_mode="r" if field == "second_moment" else None, allow_pickle=False)
                 for field, name in entry["arrays"].items()
             }
             if entry["kind"] == "table":

@@ -150,9 +150,7 @@ def merge_requests(index: GraphIndex, requests: Iterable[TapRequest]) -> tuple[T
     taps = []
     for (identity, kind, side, rows), members in groups.items():
         value = members[0].value
-        key = "/".join(
-            [*(f"{node.name}.{attribute}" for node, attribute in index.path(value)), str(value.name)]
-        )
+        key = "/".join([*(f"{node.name}.{attribute}" for node, attribute in index.path(value)), str(value.name)])
         if len(ways[identity]) > 1:
             key += f"|{rows if kind == 'table' else side}"
         level: Level = "full" if any(m.level == "full" for m in members) else "diagonal"
@@ -165,9 +163,7 @@ def merge_requests(index: GraphIndex, requests: Iterable[TapRequest]) -> tuple[T
         extent = next(iter(extents), None)
         taps.append(Tap(key, value, level, kind, side, extent, tuple(m.site_name for m in members)))
     if len({t.key for t in taps}) != len(taps):
-        raise CalibrationError(
-            "Two tapped tensors have the same name. Make the model's node and value names unique."
-        )
+        raise CalibrationError("Two tapped tensors have the same name. Make the model's node and value names unique.")
     return tuple(sorted(taps, key=lambda t: index.position(t.value)))
 
 

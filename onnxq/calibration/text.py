@@ -64,35 +64,25 @@ class TextSource(FeedSource):
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
-            raise CalibrationError(
-                f"{path} is not UTF-8 text: {error}. Convert it, or give an .npz."
-            ) from error
+            raise CalibrationError(f"{path} is not UTF-8 text: {error}. Convert it, or give an .npz.") from error
         lines = [line for line in lines if line]
         lines = [lines[i] for i in draw(len(lines), max_samples, seed)]
         encoder.no_padding()
         encoder.enable_truncation(max_length or fixed or DEFAULT_MAX_LENGTH)
         encodings = tuple(
-            (np.array(e.ids, np.int64), np.array(e.type_ids, np.int64))
-            for e in encoder.encode_batch(lines)
-            if e.ids
+            (np.array(e.ids, np.int64), np.array(e.type_ids, np.int64)) for e in encoder.encode_batch(lines) if e.ids
         )
         notes = []
         if "attention_mask" not in by_name:
             notes.append("the model takes no attention_mask: one line per feed, no padding")
             if fixed is not None:
-                notes[-1] = (
-                    "the model takes no attention_mask and fixes the length: padding is counted as data"
-                )
+                notes[-1] = "the model takes no attention_mask and fixes the length: padding is counted as data"
             batch = batch or 1
         if batch is not None and len(encodings) % batch:
             # A fixed batch can't take a shorter last one; a repeated line would count twice.
-            notes.append(
-                f"the last {len(encodings) % batch} lines do not fill the fixed batch of {batch}: left out"
-            )
+            notes.append(f"the last {len(encodings) % batch} lines do not fill the fixed batch of {batch}: left out")
             encodings = encodings[: len(encodings) // batch * batch]
-        return TextSource(
-            str(path), tuple(inputs), encodings, pad_id, batch or batch_size, fixed, tuple(notes)
-        )
+        return TextSource(str(path), tuple(inputs), encodings, pad_id, batch or batch_size, fixed, tuple(notes))
 
     def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
         for start in range(0, len(self.encodings), self.batch_size):
@@ -121,9 +111,7 @@ class TextSource(FeedSource):
                 feed[wanted.name] = array if wanted.dtype is None else array.astype(wanted.dtype)
             elif wanted.name.startswith(_PAST_PREFIX):
                 assert wanted.shape is not None and wanted.dtype is not None
-                dims = [
-                    rows if i == 0 else (d if isinstance(d, int) else 0) for i, d in enumerate(wanted.shape)
-                ]
+                dims = [rows if i == 0 else (d if isinstance(d, int) else 0) for i, d in enumerate(wanted.shape)]
                 feed[wanted.name] = np.zeros(dims, wanted.dtype)
         return feed
 

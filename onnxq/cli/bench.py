@@ -53,16 +53,14 @@ def command(
         else:
             feed = next(iter(open_for(paths[-1], data, tokenizer, batch=batch, samples=None)))
         sessions = {
-            name: session(path, library=library, threads=threads)
-            for name, path in zip(names, paths, strict=True)
+            name: session(path, library=library, threads=threads) for name, path in zip(names, paths, strict=True)
         }
         times = measure_latency(sessions, feed, rounds=repeats, threads=threads)
         loads = {}
-        # The loading processes take the library wherever they find it.
-        if load and not (no_library and library_available()):
+        if load:
             for name, path in zip(names, paths, strict=True):
                 status.update(f"loading {name}")
-                loads[name] = measure_load(path, feed, threads=threads)
+                loads[name] = measure_load(path, feed, threads=threads, library=library)
     emit(
         json,
         {"latency": times, "load": loads, "library": library},

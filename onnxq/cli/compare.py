@@ -18,9 +18,7 @@ def command(
     tokenizer: Tokenizer = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most this many, drawn at random.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one run.")] = 8,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Signal-to-noise of the tensors between, too.")
-    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Signal-to-noise of the tensors between, too.")] = False,
     threads: Threads = None,
     no_library: NoLibrary = False,
     verbose: Verbose = False,

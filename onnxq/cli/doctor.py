@@ -59,7 +59,5 @@ def command(
         {"environment": environment, "models": [{**as_data(one), "counts": one.counts} for one in found]},
         shown,
     )
-    if (environment.library is not None and not environment.works) or any(
-        diagnosis.broken for diagnosis in found
-    ):
+    if (environment.library is not None and not environment.works) or any(diagnosis.broken for diagnosis in found):
         raise typer.Exit(FAILED)

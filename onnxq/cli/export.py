@@ -18,9 +18,7 @@ def command(
     out_dir: Annotated[Path, typer.Argument(help="New folder for the graphs, tokenizer and configs.")],
     task: Annotated[
         str | None,
-        typer.Option(
-            help="What the graphs shall compute, such as feature-extraction. Default: the model's own task."
-        ),
+        typer.Option(help="What the graphs shall compute, such as feature-extraction. Default: the model's own task."),
     ] = None,
     opset: Annotated[int, typer.Option(help="Version of the standard operator set.")] = 21,
     force: Force = False,

@@ -15,17 +15,13 @@ def command(
     model: Annotated[Path, typer.Argument(help="Any .onnx file, quantised or not, or a folder with one.")],
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="The float model it was made of: measures the error of every weight.", metavar="MODEL"
-        ),
+        typer.Option(help="The float model it was made of: measures the error of every weight.", metavar="MODEL"),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page.", metavar="FILE")] = None,
     node_data: Annotated[
         Path | None, typer.Option(help="Write per-node numbers for Model Explorer.", metavar="FILE")
     ] = None,
-    node_metric: Annotated[
-        Literal["bits", "bytes", "error"], typer.Option(help="What --node-data holds.")
-    ] = "bits",
+    node_metric: Annotated[Literal["bits", "bytes", "error"], typer.Option(help="What --node-data holds.")] = "bits",
     sites: Annotated[
         bool, typer.Option("--sites", help="Every weight with each of its uses, and what is no weight.")
     ] = False,

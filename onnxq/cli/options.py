@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One row for everything, nothing grouped.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of one operator. Default: ONNX Runtime chooses.")
-]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one operator. Default: ONNX Runtime chooses.")]
 NoLibrary = Annotated[
     bool,
     typer.Option("--no-library", help="Without the kernel library, as stock ONNX Runtime runs the model."),
@@ -82,9 +80,7 @@ def _adjusted(grid: GridSpec, width: int | None, group_size: int | Literal["colu
     )
 
 
-def open_for(
-    model: Path, data: Path, tokenizer: Path | None, *, batch: int, samples: int | None
-) -> CalibrationData:
+def open_for(model: Path, data: Path, tokenizer: Path | None, *, batch: int, samples: int | None) -> CalibrationData:
     """Data for a model, checked against its inputs.
 
     Raises:

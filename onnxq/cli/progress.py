@@ -47,9 +47,7 @@ class RichProgress:
         if self._console.is_terminal:
             self._task = self._bars.add_task(stage, total=total, detail="")
         else:
-            self._console.print(
-                stage if total is None else f"{stage} ({total})", highlight=False, markup=False
-            )
+            self._console.print(stage if total is None else f"{stage} ({total})", highlight=False, markup=False)
 
     def advance(self, count: int = 1, detail: str = "") -> None:
         """See `onnxq.progress.Progress.advance`."""

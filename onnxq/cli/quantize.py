@@ -44,9 +44,7 @@ def command(
     table_bits: Annotated[
         float | None, typer.Option(help="Ceiling of the mean bits of tables, side data counted.")
     ] = None,
-    width: Annotated[
-        int | None, typer.Option(help="Bits of every code, 1 to 8, instead of a budget.")
-    ] = None,
+    width: Annotated[int | None, typer.Option(help="Bits of every code, 1 to 8, instead of a budget.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="Weights that share a scale: a multiple of 32, or 'column'.")
     ] = None,
@@ -57,20 +55,14 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn at random.")] = None,
     threads: Threads = None,
     force: Force = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show formats and sizes; solve and write nothing.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show formats and sizes; solve and write nothing.")] = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Rewrite a model's weights to a few bits."""
     if width is not None and (size is not None or bits is not None):
-        raise BudgetError(
-            "--width fixes the bits that --size and --bits would choose: give one or the other."
-        )
-    chosen = adjusted_recipe(
-        recipe, width=width, group_size=parse_group_size(group_size), target=target, seed=seed
-    )
+        raise BudgetError("--width fixes the bits that --size and --bits would choose: give one or the other.")
+    chosen = adjusted_recipe(recipe, width=width, group_size=parse_group_size(group_size), target=target, seed=seed)
 
     from onnxq.allocation.budget import parse_size
     from onnxq.cli.progress import RichProgress
@@ -117,7 +109,4 @@ def _run(model: Path, out: Path, plan: bool, options: dict[str, Any]) -> dict[st
     if not plan or not graphs:
         return quantize_folder(model, out, **options)
     with tempfile.TemporaryDirectory() as nowhere:
-        return {
-            graph.name: quantize(graph, Path(nowhere) / graph.name, plan_only=True, **options)
-            for graph in graphs
-        }
+        return {graph.name: quantize(graph, Path(nowhere) / graph.name, plan_only=True, **options) for graph in graphs}

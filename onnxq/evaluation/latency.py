@@ -119,9 +119,7 @@ def measure_latency(
     base = np.array(times[names[0]])
     used = {name: session.get_session_options().intra_op_num_threads for name, session in sessions.items()}
     timings = tuple(_timing(name, used[name], np.array(times[name]), base) for name in names)
-    return LatencyReport(
-        timings, rounds, {name: value.shape for name, value in feeds.items()}, library_available()
-    )
+    return LatencyReport(timings, rounds, {name: value.shape for name, value in feeds.items()}, library_available())
 
 
 def _timing(name: str, threads: int, seconds: np.ndarray, base: np.ndarray) -> Timing:
@@ -131,11 +129,17 @@ def _timing(name: str, threads: int, seconds: np.ndarray, base: np.ndarray) -> T
 
 
 def measure_load(
-    path: str | Path, feeds: Feeds | None = None, *, threads: int | None = None, processes: int = 3
+    path: str | Path,
+    feeds: Feeds | None = None,
+    *,
+    threads: int | None = None,
+    processes: int = 3,
+    library: bool | None = None,
 ) -> LoadReport:
     """Load a model in fresh processes, one after the other.
 
     Args:
+        library: As in `as_session`.
         feeds: Inputs of one run, so that memory allocated by it counts; None loads only.
 
     Raises:
@@ -156,6 +160,7 @@ def measure_load(
             "onnxq.evaluation.load_probe",
             str(model.resolve()),
             str(threads or 0),
+            "" if library is None else str(int(library)),
             fed,
         ]
         for _ in range(processes):
@@ -163,8 +168,7 @@ def measure_load(
             if done.returncode != 0:
                 said = done.stderr.strip().splitlines()
                 raise ModelError(
-                    f"{model} could not be loaded in a fresh process: "
-                    f"{said[-1] if said else 'it ended without a word'}"
+                    f"{model} could not be loaded in a fresh process: {said[-1] if said else 'it ended without a word'}"
                 )
             results.append(json.loads(done.stdout.splitlines()[-1]))
     peaks = [r["peak"] for r in results]

@@ -70,10 +70,7 @@ def compare_layers(
     """
     left, right = _read(Path(reference)), _read(Path(candidate))
     makers = {
-        output: (position, node)
-        for position, node in enumerate(left.graph.node)
-        for output in node.output
-        if output
+        output: (position, node) for position, node in enumerate(left.graph.node) for output in node.output if output
     }
     there = {output for node in right.graph.node for output in node.output}
     if names is None:
@@ -84,9 +81,7 @@ def compare_layers(
             raise ModelError(f"not a tensor of both models: {', '.join(unknown)}")
         wanted = sorted(names, key=lambda name: makers[name][0])
     if not wanted:
-        raise ModelError(
-            "the two models share no tensor names: compare models rewritten from the same export"
-        )
+        raise ModelError("the two models share no tensor names: compare models rewritten from the same export")
     sessions = [_tapped(m, Path(p), wanted) for m, p in ((left, reference), (right, candidate))]
     sums: dict[str, ErrorSums] = {}
     for feeds in data:
@@ -114,7 +109,5 @@ def _tapped(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> ort.Inf
     """A session of `model` with `names` as further outputs. ONNX Runtime infers their types."""
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    options = session_options(
-        library=library_available(), config={_EXTERNAL_FOLDER: str(path.resolve().parent)}
-    )
+    options = session_options(library=library_available(), config={_EXTERNAL_FOLDER: str(path.resolve().parent)})
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

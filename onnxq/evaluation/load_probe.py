@@ -1,6 +1,8 @@
 """Loads one model in this process and prints a line of JSON; started by `measure_load`.
 
-python -m onnxq.evaluation.load_probe MODEL THREADS [FEEDS.npz]
+python -m onnxq.evaluation.load_probe MODEL THREADS LIBRARY [FEEDS.npz]
+
+LIBRARY is 1, 0, or empty for "where it is there".
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ def peak_bytes() -> int | None:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def main(model: str, threads: int, fed: str) -> dict[str, float | int | None]:
+def main(model: str, threads: int, library: bool | None, fed: str) -> dict[str, float | int | None]:
     """Load, run once where there are feeds, and report seconds and bytes."""
     feeds = dict(np.load(fed, allow_pickle=False)) if fed else None
     now = resident_bytes("VmRSS")
     base = (now if now is not None else peak_bytes()) or 0
     begin = time.perf_counter()
-    session = as_session(model, threads=threads or None)
+    session = as_session(model, threads=threads or None, library=library)
     created = time.perf_counter()
     if feeds is not None:
         session.run(None, {i.name: feeds[i.name] for i in session.get_inputs() if i.name in feeds})
@@ -65,5 +67,6 @@ def main(model: str, threads: int, fed: str) -> dict[str, float | int | None]:
 
 
 if __name__ == "__main__":
-    result = main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "")
+    path, count, with_library, feeds_file = (*sys.argv[1:], "")[:4]
+    result = main(path, int(count), bool(int(with_library)) if with_library else None, feeds_file)
     sys.stdout.write(json.dumps(result) + os.linesep)

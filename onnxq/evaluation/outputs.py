@@ -123,15 +123,11 @@ def compare_outputs(
     if not batches:
         raise ModelError("there is no data to compare the models on: give at least one batch")
     if not sums:
-        raise ModelError(
-            "the two models have no output of the same name: compare models exported from the same source"
-        )
+        raise ModelError("the two models have no output of the same name: compare models exported from the same source")
     return OutputComparison(tuple(s.error(name) for name, s in sums.items()), batches, samples)
 
 
-def add_errors(
-    sums: dict[str, ErrorSums], reference: Feeds, candidate: Feeds, mask: np.ndarray | None
-) -> None:
+def add_errors(sums: dict[str, ErrorSums], reference: Feeds, candidate: Feeds, mask: np.ndarray | None) -> None:
     """Add the floating-point arrays that both sides have to `sums`, without the rows that `mask` [batch,
     tokens] marks as padding.
 
@@ -143,9 +139,7 @@ def add_errors(
             continue
         got = candidate[name]
         if got.shape != expected.shape:
-            raise ModelError(
-                f"{name} has shape {expected.shape} in the reference but {got.shape} in the candidate"
-            )
+            raise ModelError(f"{name} has shape {expected.shape} in the reference but {got.shape} in the candidate")
         if mask is not None and expected.ndim >= 3 and expected.shape[:2] == mask.shape:
             expected, got = expected[mask != 0], got[mask != 0]
         sums.setdefault(name, ErrorSums()).add(expected, got)

@@ -31,12 +31,13 @@ def library_available() -> bool:
     return True
 
 
-def as_session(model: Model, *, threads: int | None = None) -> ort.InferenceSession:
-    """A session on the CPU, with the kernel library where it is there (`library_available`).
+def as_session(model: Model, *, threads: int | None = None, library: bool | None = None) -> ort.InferenceSession:
+    """A session on the CPU.
 
     Args:
         model: A session, which is returned as it is, or the path of an `.onnx` file.
         threads: Of one operator; None lets ONNX Runtime choose.
+        library: Whether to register the kernel library; None does where it is there (`library_available`).
 
     Raises:
         ModelError: No such file, or ONNX Runtime refuses it.
@@ -46,7 +47,7 @@ def as_session(model: Model, *, threads: int | None = None) -> ort.InferenceSess
     path = Path(model)
     if not path.is_file():
         raise ModelError(f"{path} is not a file: give the path of an .onnx file")
-    return session(path, library=library_available(), threads=threads)
+    return session(path, library=library_available() if library is None else library, threads=threads)
 
 
 def run(model: ort.InferenceSession, feeds: Feeds) -> dict[str, np.ndarray]:

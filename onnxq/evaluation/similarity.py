@@ -75,8 +75,7 @@ def embed(model: Model, data: Iterable[Feeds], *, output: str | None = None) -> 
             parts.append(mean_pool(value, feeds[MASK]))
         else:
             raise ModelError(
-                f"{name} has shape {value.shape}: embeddings need [batch, width], "
-                f"or [batch, tokens, width] and {MASK}"
+                f"{name} has shape {value.shape}: embeddings need [batch, width], or [batch, tokens, width] and {MASK}"
             )
     if not parts:
         raise ModelError("there is no data to embed: give at least one sentence")
@@ -114,15 +113,10 @@ def compare_embeddings(reference: np.ndarray, candidate: np.ndarray, *, seed: in
     )
 
 
-def _pair_cosines(
-    embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, piece: int = 65536
-) -> np.ndarray:
+def _pair_cosines(embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, piece: int = 65536) -> np.ndarray:
     starts = range(0, len(first), piece)
     return np.concatenate(
-        [
-            np.einsum("ij,ij->i", embeddings[first[s : s + piece]], embeddings[second[s : s + piece]])
-            for s in starts
-        ]
+        [np.einsum("ij,ij->i", embeddings[first[s : s + piece]], embeddings[second[s : s + piece]]) for s in starts]
     )
 
 

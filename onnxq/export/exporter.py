@@ -64,9 +64,7 @@ def export(
         OutputExistsError: `out_dir` exists and is not empty.
     """
     if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
-        raise ExportError(
-            f"opset {opset} is outside {LOWEST_OPSET} to {HIGHEST_OPSET}: choose one of these, best 21"
-        )
+        raise ExportError(f"opset {opset} is outside {LOWEST_OPSET} to {HIGHEST_OPSET}: choose one of these, best 21")
     require_extra()
     started = time.perf_counter()
     target = Path(out_dir)
@@ -88,9 +86,7 @@ def export(
         else:
             from onnxq.export.huggingface import export_folder
 
-            used_task, graphs, carried = export_folder(
-                origin, fresh, task, opset, tolerance if verify else None, tell
-            )
+            used_task, graphs, carried = export_folder(origin, fresh, task, opset, tolerance if verify else None, tell)
         _put_in_place(fresh, target, Path(temporary) / "old")
     return ExportResult(
         target, used_task, tuple(_moved(g, target) for g in graphs), carried, time.perf_counter() - started
@@ -99,15 +95,11 @@ def export(
 
 def require_extra() -> None:
     """Refuse with a cure where the packages of the extra `export` are missing."""
-    missing = [
-        name for name in ("torch", "transformers", "optimum") if importlib.util.find_spec(name) is None
-    ]
+    missing = [name for name in ("torch", "transformers", "optimum") if importlib.util.find_spec(name) is None]
     if not missing and importlib.util.find_spec("optimum.exporters.onnx") is None:
         missing = ["optimum-onnx"]
     if missing:
-        raise ExportError(
-            f"export needs {', '.join(missing)}, not installed here: run `pip install onnxq[export]`"
-        )
+        raise ExportError(f"export needs {', '.join(missing)}, not installed here: run `pip install onnxq[export]`")
 
 
 def _refuse_taken(target: Path, origin: Path | ModuleSource, force: bool) -> None:
@@ -117,9 +109,7 @@ def _refuse_taken(target: Path, origin: Path | ModuleSource, force: bool) -> Non
             raise ExportError(f"{target} is or holds the source {origin}: choose another output folder")
     if target.is_dir():
         if any(target.iterdir()) and not force:
-            raise OutputExistsError(
-                f"{target} exists and is not empty: choose another folder or force its replacement"
-            )
+            raise OutputExistsError(f"{target} exists and is not empty: choose another folder or force its replacement")
     elif target.exists():
         raise OutputExistsError(f"{target} is a file: choose another name for the output folder")
 

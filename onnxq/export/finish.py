@@ -96,8 +96,7 @@ def convert_opset(model: ir.Model, opset: int) -> None:
     reached = model.opset_imports[""]
     if reached != opset:
         raise ExportError(
-            f"the graph was converted from opset {now} to {reached} only, not to {opset}: "
-            f"export with opset {reached}"
+            f"the graph was converted from opset {now} to {reached} only, not to {opset}: export with opset {reached}"
         )
 
 

@@ -80,9 +80,7 @@ def export_folder(
         if tolerance is not None:
             tell("comparing with torch")
             comparisons = compare_folder(model, task, out)
-    graphs = tuple(
-        checked(path, facts, comparisons.get(path.name), tolerance) for path, facts in finished.items()
-    )
+    graphs = tuple(checked(path, facts, comparisons.get(path.name), tolerance) for path, facts in finished.items())
     return task, graphs, carried
 
 
@@ -130,8 +128,7 @@ def load_model(source: Path, task: str | None) -> tuple[str, PreTrainedModel]:
         wanted = f"{wanted}-with-past"
     if wanted not in supported:
         raise ExportError(
-            f"{source}: no task {wanted!r} for {config.model_type} models; "
-            f"there are {', '.join(sorted(supported))}"
+            f"{source}: no task {wanted!r} for {config.model_type} models; there are {', '.join(sorted(supported))}"
         )
     plain = wanted.removesuffix("-with-past")
     kind = TasksManager.get_model_class_for_task(
@@ -155,8 +152,7 @@ def load_model(source: Path, task: str | None) -> tuple[str, PreTrainedModel]:
 def _refuse_no_model(source: Path) -> None:
     if not source.is_dir():
         raise ExportError(
-            f"{source} is not a folder on this machine: onnxq downloads no models; "
-            "give the folder of a downloaded one"
+            f"{source} is not a folder on this machine: onnxq downloads no models; give the folder of a downloaded one"
         )
     if not (source / "config.json").is_file():
         raise ExportError(f"{source} holds no config.json: it is not a Hugging Face model folder")
@@ -206,9 +202,7 @@ def _trace(model: PreTrainedModel, source: Path, out: Path, task: str, opset: in
             do_validation=False,
         )
     except Exception as error:
-        raise ExportError(
-            f"optimum could not export {source} for {task}: {type(error).__name__}: {error}"
-        ) from error
+        raise ExportError(f"optimum could not export {source} for {task}: {type(error).__name__}: {error}") from error
 
 
 def _carry(source: Path, out: Path) -> None:
@@ -216,11 +210,7 @@ def _carry(source: Path, out: Path) -> None:
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         wanted = path.is_file() and path.suffix in CARRIED_SUFFIXES and not path.name.endswith(".index.json")
-        if (
-            not wanted
-            or any(part.startswith(".") for part in name.parts)
-            or path.name == "config.json" == str(name)
-        ):
+        if not wanted or any(part.startswith(".") for part in name.parts) or path.name == "config.json" == str(name):
             continue
         if len(name.parts) == 1 or (
             path.name == "config.json" and len(name.parts) == 2 and _is_module_of(source, name.parts[0])

@@ -57,15 +57,11 @@ def _export(module: torch.nn.Module, source: ModuleSource, opset: int) -> Any:
     unknown = sorted(set(axes) - set(source.inputs))
     if unknown:
         raise ExportError(
-            f"dynamic_axes names {', '.join(unknown)}, which are no inputs; "
-            f"there are {', '.join(source.inputs)}"
+            f"dynamic_axes names {', '.join(unknown)}, which are no inputs; there are {', '.join(source.inputs)}"
         )
     sizes: dict[str, Any] = {}
     shapes = {
-        name: {
-            axis: sizes.setdefault(label, torch.export.Dim(label))
-            for axis, label in axes.get(name, {}).items()
-        }
+        name: {axis: sizes.setdefault(label, torch.export.Dim(label)) for axis, label in axes.get(name, {}).items()}
         for name in source.inputs
     }
     try:
@@ -82,9 +78,7 @@ def _export(module: torch.nn.Module, source: ModuleSource, opset: int) -> Any:
         )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ExportError(
-            f"torch could not export {type(module).__name__}: {type(error).__name__}: {first}"
-        ) from error
+        raise ExportError(f"torch could not export {type(module).__name__}: {type(error).__name__}: {first}") from error
     return program
 
 

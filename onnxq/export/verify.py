@@ -47,17 +47,14 @@ class Comparison:
         """
         if reference.shape != candidate.shape:
             raise ExportError(
-                f"output {name} has shape {candidate.shape}, torch gives {reference.shape}: "
-                "the export baked in a size"
+                f"output {name} has shape {candidate.shape}, torch gives {reference.shape}: the export baked in a size"
             )
         if not np.array_equal(np.isfinite(reference), np.isfinite(candidate)):
             raise ExportError(f"output {name} is not finite where torch's is, or the other way round")
         finite = np.isfinite(reference)
         gap = np.abs(reference[finite].astype(np.float64) - candidate[finite].astype(np.float64))
         self.max_abs[name] = max(self.max_abs.get(name, 0.0), float(gap.max(initial=0.0)))
-        self.largest[name] = max(
-            self.largest.get(name, 0.0), float(np.abs(reference[finite]).max(initial=0.0))
-        )
+        self.largest[name] = max(self.largest.get(name, 0.0), float(np.abs(reference[finite]).max(initial=0.0)))
 
     def differences(self) -> tuple[OutputDifference, ...]:
         """What was collected, by output."""
@@ -71,9 +68,7 @@ class Comparison:
         )
 
 
-def checked(
-    path: Path, facts: Finished, comparison: Comparison | None, tolerance: float | None
-) -> ExportedGraph:
+def checked(path: Path, facts: Finished, comparison: Comparison | None, tolerance: float | None) -> ExportedGraph:
     """The report of one graph.
 
     Raises:
@@ -136,9 +131,7 @@ class _UnknownInput(Exception):
     """An input that no random values can be made for."""
 
 
-def _made_up(
-    name: str, model: PreTrainedModel, rng: np.random.Generator, batch: int, length: int
-) -> np.ndarray:
+def _made_up(name: str, model: PreTrainedModel, rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
     config = model.config
     if name in ("input_ids", "decoder_input_ids"):
         text = config.get_text_config()
@@ -167,9 +160,7 @@ def _torch_outputs(model: Any, feeds: Mapping[str, np.ndarray], **more: Any) -> 
     import torch
 
     with torch.inference_mode():
-        result = model(
-            **{name: torch.from_numpy(value) for name, value in feeds.items()}, return_dict=True, **more
-        )
+        result = model(**{name: torch.from_numpy(value) for name, value in feeds.items()}, return_dict=True, **more)
     return {name: value.numpy() for name, value in result.items() if isinstance(value, torch.Tensor)}
 
 
@@ -195,10 +186,7 @@ def _empty_cache(session: ort.InferenceSession, batch: int) -> Feeds:
     """A cache of no tokens: [batch, heads, 0, width] for each past key and value."""
     return {
         i.name: np.zeros(
-            [
-                batch if axis == 0 else size if isinstance(size, int) else 0
-                for axis, size in enumerate(i.shape)
-            ],
+            [batch if axis == 0 else size if isinstance(size, int) else 0 for axis, size in enumerate(i.shape)],
             np.float32,
         )
         for i in session.get_inputs()
@@ -207,9 +195,7 @@ def _empty_cache(session: ort.InferenceSession, batch: int) -> Feeds:
 
 
 def _as_past(outputs: Mapping[str, np.ndarray]) -> Feeds:
-    return {
-        n.replace("present", "past_key_values", 1): v for n, v in outputs.items() if n.startswith("present")
-    }
+    return {n.replace("present", "past_key_values", 1): v for n, v in outputs.items() if n.startswith("present")}
 
 
 def _compare_with_cache(
@@ -270,11 +256,7 @@ def _compare_encoder_decoder(
     comparison.add("logits", reference[:, :PROMPT], outputs["logits"])
     cache = _as_past(outputs)
     for position in range(PROMPT, length if merged else PROMPT):
-        step = (
-            encoded
-            | cache
-            | {"use_cache_branch": np.array([True]), "input_ids": ids[:, position : position + 1]}
-        )
+        step = encoded | cache | {"use_cache_branch": np.array([True]), "input_ids": ids[:, position : position + 1]}
         outputs = _run(session, step)
         comparison.add("logits", reference[:, position : position + 1], outputs["logits"])
         # The step returns the encoder's part of the cache empty: it does not change.

@@ -18,7 +18,7 @@ QUAD = 4
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up, for positive integers."""
+    """A / b rounded up, for positive integers."""
     return -(-a // b)
 
 

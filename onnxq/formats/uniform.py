@@ -97,8 +97,10 @@ class UniformFormat:
     def quantize_zero(self, zero: np.ndarray | float) -> np.ndarray:
         """Zero, in steps, as the uint8 fixed point that is stored."""
         fraction = 1 << (8 - self.bits)
-        stored = np.rint(np.asarray(zero, np.float64)) * fraction if self.zero_point.whole else np.rint(
-            np.asarray(zero, np.float64) * fraction
+        stored = (
+            np.rint(np.asarray(zero, np.float64)) * fraction
+            if self.zero_point.whole
+            else np.rint(np.asarray(zero, np.float64) * fraction)
         )
         largest = (self.levels - 1) * fraction if self.zero_point.whole else 255
         return np.clip(stored, 0, largest).astype(np.uint8)
@@ -172,7 +174,7 @@ class UniformEncoding:
         return self.codes.shape[0], self.codes.shape[1]
 
     def effective_scales(self) -> np.ndarray:
-        """gain * scale, float32 [N, G]."""
+        """Gain * scale, float32 [N, G]."""
         return self.scales.astype(np.float32) * np.float32(self.gain)
 
     def dequantize(self) -> np.ndarray:

@@ -96,8 +96,7 @@ def find_model_file(path: Path) -> Path:
             return Path(os.path.abspath(found[0]))
         if not found:
             raise ModelError(
-                f"The folder {path} holds no .onnx file. Export a model into it: "
-                f"`onnxq export SOURCE {path}`."
+                f"The folder {path} holds no .onnx file. Export a model into it: `onnxq export SOURCE {path}`."
             )
         names = ", ".join(p.name for p in found)
         raise ModelError(f"The folder {path} holds {len(found)} .onnx files ({names}): name one of them.")
@@ -142,11 +141,7 @@ def _diagnose(data: mmap.mmap) -> str:
         if wire == 2:
             if position + length > size:
                 there = f"its field '{name}' needs {length} bytes and {size - position} are there"
-                return (
-                    f"it is cut short: {there}. Copy or export it again."
-                    if seen or tag >> 3 == 7
-                    else foreign
-                )
+                return f"it is cut short: {there}. Copy or export it again." if seen or tag >> 3 == 7 else foreign
             position += length
         seen = True
     return "it holds no graph: it is cut short, or not an ONNX model."
@@ -173,8 +168,7 @@ def _refuse_sparse(proto: onnx.ModelProto, file: Path) -> None:
         if graph.sparse_initializer:
             name = graph.sparse_initializer[0].values.name
             raise ModelError(
-                f"{file} stores '{name}' as a sparse initializer, which onnxq does not read: "
-                "export the weights dense."
+                f"{file} stores '{name}' as a sparse initializer, which onnxq does not read: export the weights dense."
             )
         for node in graph.node:
             for attribute in node.attribute:
@@ -195,9 +189,7 @@ def _check_opset(model: ir.Model, file: Path) -> int:
         imports[""] = imports.pop("ai.onnx")
     opset = imports.get("")
     if opset is None:
-        raise ModelError(
-            f"{file} does not say which operator set it uses. Export it again: `onnxq export --opset 21`."
-        )
+        raise ModelError(f"{file} does not say which operator set it uses. Export it again: `onnxq export --opset 21`.")
     if opset < OLDEST_OPSET:
         raise ModelError(
             f"{file} uses operator set {opset}; onnxq needs {OLDEST_OPSET} or later. Export it again with "
@@ -267,41 +259,29 @@ def _external_path(tensor: ir.ExternalTensor, file: Path) -> Path:
     location = os.fspath(tensor.location)
     where = f"{file}: the external data of '{tensor.name}'"
     if PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive:
-        raise ModelError(
-            f"{where} has the absolute path {location}; ONNX allows only paths inside the model's folder."
-        )
+        raise ModelError(f"{where} has the absolute path {location}; ONNX allows only paths inside the model's folder.")
     data = Path(os.path.normpath(file.parent / location))
     if not data.is_relative_to(file.parent):
         raise ModelError(f"{where} leaves the model's folder ({location}): refused, it could read any file.")
     if not data.is_file():
-        raise ModelError(
-            f"{where} is missing: there is no file {data}. Put it beside the model, as it was exported."
-        )
+        raise ModelError(f"{where} is missing: there is no file {data}. Put it beside the model, as it was exported.")
     # A hub cache links the model and its data alike into one folder of blobs: following the data to where the
     # model's own link leads is no escape.
     homes = {file.parent.resolve(), file.resolve().parent}
     if not any(data.resolve().is_relative_to(home) for home in homes):
-        raise ModelError(
-            f"{where} is a link out of the model's folder ({location} -> {data.resolve()}): refused."
-        )
+        raise ModelError(f"{where} is a link out of the model's folder ({location} -> {data.resolve()}): refused.")
     return data
 
 
 def _check_extent(tensor: ir.ExternalTensor, data: Path, size: int) -> None:
     offset, needed = tensor.offset or 0, tensor.nbytes
-    what = (
-        f"The tensor '{tensor.name}' ({tensor.dtype.name} {list(tensor.shape.numpy())}) needs {needed} bytes"
-    )
+    what = f"The tensor '{tensor.name}' ({tensor.dtype.name} {list(tensor.shape.numpy())}) needs {needed} bytes"
     if tensor.length is not None and tensor.length != needed:
-        raise ModelError(
-            f"{what}, but its entry gives it {tensor.length} bytes of {data}. Export the model again."
-        )
+        raise ModelError(f"{what}, but its entry gives it {tensor.length} bytes of {data}. Export the model again.")
     if offset < 0 or offset + needed > size:
         with open(data, "rb") as handle:
             pointer = handle.read(len(_LFS_POINTER)) == _LFS_POINTER
         cure = (
-            "It is a Git LFS pointer: run `git lfs pull`."
-            if pointer
-            else "It is cut short: copy or export it again."
+            "It is a Git LFS pointer: run `git lfs pull`." if pointer else "It is cut short: copy or export it again."
         )
         raise ModelError(f"{what} at offset {offset} of {data}, which has {size} bytes. {cure}")

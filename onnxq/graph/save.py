@@ -89,9 +89,7 @@ class StreamingWriter:
     def __enter__(self) -> StreamingWriter:
         # The final names live in a folder of their own: references are right, and readable, before the
         # renames too.
-        self._folder = Path(
-            tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
-        )
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
         self._file = open(self._folder / self.data_path.name, "wb")
         return self
 
@@ -144,12 +142,7 @@ class StreamingWriter:
         file, folder = self._open_file(), self._folder
         assert folder is not None
         self._refuse_overwriting_sources(model)
-        todo = [
-            v.const_value
-            for g in all_graphs(model)
-            for v in g.initializers.values()
-            if v.const_value is not None
-        ]
+        todo = [v.const_value for g in all_graphs(model) for v in g.initializers.values() if v.const_value is not None]
         total = sum(t.nbytes for t in todo if t.nbytes > INLINE_BYTES and not self._is_ours(t))
         done = 0
 
@@ -188,9 +181,7 @@ class StreamingWriter:
         for reference in self._appended:
             reference.base_dir = str(self.path.parent)
         data_bytes = self.data_path.stat().st_size if external else 0
-        return SavedModel(
-            self.path, self.data_path if external else None, self.path.stat().st_size + data_bytes
-        )
+        return SavedModel(self.path, self.data_path if external else None, self.path.stat().st_size + data_bytes)
 
     def _open_file(self) -> BinaryIO:
         if self._file is None:
@@ -209,9 +200,7 @@ class StreamingWriter:
         offset = file.tell()
         written = copy_bytes(tensor, file)
         if written != tensor.nbytes:
-            raise ModelError(
-                f"The tensor '{tensor.name}' holds {written} bytes where its shape needs {tensor.nbytes}."
-            )
+            raise ModelError(f"The tensor '{tensor.name}' holds {written} bytes where its shape needs {tensor.nbytes}.")
         if share:
             self._offsets[key] = offset
             self._kept.append(tensor)
@@ -243,9 +232,7 @@ class StreamingWriter:
                     raise OutputExistsError(_SAME_FILE.format(path=path))
 
 
-_SAME_FILE = (
-    "{path} belongs to the model being read: writing there would destroy it. Choose another output path."
-)
+_SAME_FILE = "{path} belongs to the model being read: writing there would destroy it. Choose another output path."
 
 
 def _check_output(path: Path, data_path: Path, force: bool, sources: tuple[Path, ...]) -> None:
@@ -259,9 +246,7 @@ def _check_output(path: Path, data_path: Path, force: bool, sources: tuple[Path,
         if any(source.exists() and os.path.samefile(out, source) for source in sources):
             raise OutputExistsError(_SAME_FILE.format(path=out))
         if not force:
-            raise OutputExistsError(
-                f"{out} exists already. Choose another output path, or replace it with --force."
-            )
+            raise OutputExistsError(f"{out} exists already. Choose another output path, or replace it with --force.")
 
 
 def _in_memory(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
@@ -270,9 +255,7 @@ def _in_memory(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
 
 
 @contextmanager
-def _replaced_tensors(
-    model: ir.Model, store: Callable[[ir.TensorProtocol, str], ir.TensorProtocol]
-) -> Iterator[None]:
+def _replaced_tensors(model: ir.Model, store: Callable[[ir.TensorProtocol, str], ir.TensorProtocol]) -> Iterator[None]:
     """Lend the model the stored tensors: every initializer, and external tensors in node attributes."""
     before: list[tuple[ir.Value, ir.TensorProtocol, str | None]] = []
     attributes: list[tuple[ir.Node, ir.Attr]] = []

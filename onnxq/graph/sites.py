@@ -115,16 +115,12 @@ def find_constants(model: ir.Model) -> list[Constant]:
     for value, tensor in stored_constants(model):
         tracer = _Tracer(model, where, value)
         if value.is_initializer() and value.is_graph_input():  # rule 1
-            tracer.refuse(
-                "also a graph input, which a caller may replace: export without initializers as inputs"
-            )
+            tracer.refuse("also a graph input, which a caller may replace: export without initializers as inputs")
         else:
             tracer.trace(value, Seen(Layout.identity(tuple(tensor.shape.numpy())), tensor.dtype), ())
         sites = sorted(tracer.sites, key=lambda site: site.order)
         if sites and tensor.dtype not in WEIGHT_TYPES:  # rule 1
-            tracer.refuse(
-                f"{tensor.dtype.name}: only float32, float16, bfloat16 and double weights are encoded"
-            )
+            tracer.refuse(f"{tensor.dtype.name}: only float32, float16, bfloat16 and double weights are encoded")
             sites = []
         found.append(Constant(value, tensor, tuple(sites), tuple(tracer.refusals)))
     return _with_unique_names(found)
@@ -143,9 +139,7 @@ class _Tracer:
 
     def trace(self, value: ir.Value, seen: Seen, chain: tuple[ir.Node, ...]) -> None:
         if value.is_graph_output():
-            self.refuse(
-                "graph output" if value.graph is self.model.graph else "output of a subgraph or function"
-            )
+            self.refuse("graph output" if value.graph is self.model.graph else "output of a subgraph or function")
         for node, index in value.uses():
             if node not in self.where:  # cut out of the graph by an earlier pass
                 continue
@@ -190,9 +184,7 @@ class _Tracer:
             return Refusal(f"{what} has K = {k}: an outer product, nothing to sum over")
         count = math.prod(batch)
         side: Literal["right", "left"] = "right" if index == 1 else "left"
-        return self._site(
-            "linear", node, index, chain, side, other, seen, layout.reshaped((count * n, k)), count
-        )
+        return self._site("linear", node, index, chain, side, other, seen, layout.reshaped((count * n, k)), count)
 
     def _try_table(self, node: ir.Node, seen: Seen, chain: tuple[ir.Node, ...]) -> Site | Refusal:
         """Rule 7."""
@@ -255,9 +247,7 @@ def _refuse_use(model: ir.Model, node: ir.Node, index: int, dtype: ir.DataType) 
     if node.op_identifier() in model.functions:
         return Refusal(f"passed to the model-local function {what}: inline functions first")
     if node.domain == "com.microsoft":
-        return Refusal(
-            f"used by {what}, fused by ONNX Runtime: start from the model as it was exported", generic=True
-        )
+        return Refusal(f"used by {what}, fused by ONNX Runtime: start from the model as it was exported", generic=True)
     if node.op_type == "Gemm":
         return Refusal(f"bias of {what}")
     return Refusal(f"used by {what}", generic=True)
@@ -267,7 +257,6 @@ def _with_unique_names(constants: list[Constant]) -> list[Constant]:
     """Number the sites that share a name: the branches of a merged decoder repeat every node name."""
     sites = sorted((s for c in constants for s in c.sites), key=lambda s: (s.order, s.weight_input))
     renamed = {
-        site: replace(site, name=name)
-        for site, name in zip(sites, make_unique([s.name for s in sites]), strict=True)
+        site: replace(site, name=name) for site, name in zip(sites, make_unique([s.name for s in sites]), strict=True)
     }
     return [replace(c, sites=tuple(renamed[s] for s in c.sites)) for c in constants]

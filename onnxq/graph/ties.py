@@ -46,9 +46,7 @@ def stored_tensor(root: ir.Value) -> ir.TensorProtocol:
     """The tensor of a site's root."""
     tensor = constant_tensor(root)
     if tensor is None:
-        raise RuntimeError(
-            f"'{root.name}' is no longer constant: find the weights again after changing the graph"
-        )
+        raise RuntimeError(f"'{root.name}' is no longer constant: find the weights again after changing the graph")
     return tensor
 
 

@@ -202,9 +202,7 @@ def _try_skip(constant: Constant) -> Skipped | None:
         reason = f"{tensor.dtype.name}: not a float weight ({_reason(constant)})"
     else:
         return None
-    return Skipped(
-        constant.value.name or "", tuple(tensor.shape.numpy()), tensor.dtype, tensor.nbytes, reason
-    )
+    return Skipped(constant.value.name or "", tuple(tensor.shape.numpy()), tensor.dtype, tensor.nbytes, reason)
 
 
 def _reason(constant: Constant) -> str:
@@ -225,18 +223,14 @@ def _notes(weights: list[Weight]) -> list[str]:
             by_root[root].append(weight.name)
         if len(weight.roots) > 1:
             copies = ", ".join(str(root.name) for root in weight.roots)
-            notes.append(
-                f"'{weight.name}' is stored {len(weight.roots)} times ({copies}): one encoding serves all."
-            )
+            notes.append(f"'{weight.name}' is stored {len(weight.roots)} times ({copies}): one encoding serves all.")
         if weight.batch > 1:
             notes.append(f"'{weight.name}' is a stack of {weight.batch} matrices [{weight.n}, {weight.k}].")
         if weight.dtype == ir.DataType.DOUBLE:
             notes.append(f"'{weight.name}' is stored in double and encoded from its float32 rounding.")
         if weight.other_uses:
             uses = "; ".join(weight.other_uses)
-            notes.append(
-                f"'{weight.name}' keeps its float copy beside the encoding, for it has other uses: {uses}."
-            )
+            notes.append(f"'{weight.name}' keeps its float copy beside the encoding, for it has other uses: {uses}.")
     for root, names in by_root.items():
         if len(names) > 1:
             notes.append(

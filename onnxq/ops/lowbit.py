@@ -12,7 +12,7 @@ low-bit weight costs 8 bits of memory there, not 32. (`onnxq.ops.lowbit_legacy` 
 
 from __future__ import annotations
 
-# ruff: noqa: N802, N803 - functions and parameters are named as the ops and attributes they define.
+# ruff: noqa: N802 - functions and parameters are named as the ops and attributes they define.
 import onnx
 from onnxscript import opset21 as op
 from onnxscript import script
@@ -65,7 +65,7 @@ def LowBitMatMul(
     accuracy_level: int = 4,
     layout_version: int = 1,
 ):
-    """x [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
+    """X [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
     first = op.Constant(value_ints=[0])
     second = op.Constant(value_ints=[1])
     inputs = op.Reshape(op.Constant(value_int=K), op.Constant(value_ints=[-1]))

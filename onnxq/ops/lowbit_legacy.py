@@ -7,7 +7,7 @@ folds to a float32 weight where the kernel library is absent; a table still stay
 
 from __future__ import annotations
 
-# ruff: noqa: N802, N803 - functions and parameters are named as the ops and attributes they define.
+# ruff: noqa: N802 - functions and parameters are named as the ops and attributes they define.
 import onnx
 from onnxscript import opset13 as op
 from onnxscript import script
@@ -77,7 +77,7 @@ def LowBitMatMul(
     accuracy_level: int = 4,
     layout_version: int = 1,
 ):
-    """x [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
+    """X [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
     codes, step, zero = LowBitRows(packed, scales, zero_points, K=K, N=N, bits=bits)
     column = op.Range(op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1))
     group = column / op.Constant(value_int=group_size)

@@ -146,7 +146,9 @@ def quantize(
     return report
 
 
-def _open(calibration: Any, loaded: LoadedModel, recipe: Recipe, tokenizer: str | Path | None) -> CalibrationData | None:
+def _open(
+    calibration: Any, loaded: LoadedModel, recipe: Recipe, tokenizer: str | Path | None
+) -> CalibrationData | None:
     if calibration is None:
         return None
     spec = recipe.calibration
@@ -180,7 +182,9 @@ def _runs(progress: Progress) -> Any:
     return follow
 
 
-def _stages(job: _Job, store: ResumeStore) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
+def _stages(
+    job: _Job, store: ResumeStore
+) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
     """The weights in portions, each with the statistics that it needs."""
     planned = list(job.plan.planned)
     if job.data is None:
@@ -216,9 +220,7 @@ def _sequential_stages(
     """A weight is solved with the block of its last site; statistics of its earlier sites are kept until then."""
     assert job.data is not None
     pending = {item.weight.name: item for item in planned}
-    sequence = SequentialCalibration(
-        job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress)
-    )
+    sequence = SequentialCalibration(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
     waiting = {
         name: {site.name for site in item.weight.sites if site.kind == "linear"} for name, item in pending.items()
     }
@@ -280,9 +282,7 @@ def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, sta
     )
 
 
-def _store(
-    item: Planned, solved: Solved, job: _Job, writer: StreamingWriter
-) -> tuple[Assignment, int, str]:
+def _store(item: Planned, solved: Solved, job: _Job, writer: StreamingWriter) -> tuple[Assignment, int, str]:
     """Writes the arrays of a weight; returns what stands for it, its bytes, and what the report should say."""
     weight = item.weight
     parts, written, notes = [], 0, []

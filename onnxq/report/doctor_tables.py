@@ -77,7 +77,5 @@ def diagnosis(found: Diagnosis, *, verbose: bool) -> list[RenderableType]:
         )  # fmt: skip
         if first.cure:
             cures.setdefault(first.cure, []).append(f"{first.verdict.value} {first.op}")
-    ways = [
-        Text.assemble((f"{', '.join(dict.fromkeys(of))}: ", "yellow"), cure) for cure, of in cures.items()
-    ]
+    ways = [Text.assemble((f"{', '.join(dict.fromkeys(of))}: ", "yellow"), cure) for cure, of in cures.items()]
     return [head, summary, made, *ways]

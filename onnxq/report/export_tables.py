@@ -18,9 +18,7 @@ def export_result(result: ExportResult) -> list[RenderableType]:
     head = Text.assemble(
         ("wrote ", "dim"), (str(result.folder), "bold"), f"  task {result.task}, {duration(result.seconds)}"
     )
-    made = table(
-        "graph", ">size", ">nodes", ">opset", ">largest difference", "most frequent", wide=("most frequent",)
-    )
+    made = table("graph", ">size", ">nodes", ">opset", ">largest difference", "most frequent", wide=("most frequent",))
     shown: list[RenderableType] = [head, made]
     for graph in result.graphs:
         difference = "-" if math.isnan(graph.max_abs) else f"{graph.max_abs:.1e}"
@@ -35,15 +33,11 @@ def export_result(result: ExportResult) -> list[RenderableType]:
         )
         if graph.unverified:
             shown.append(
-                Text.assemble(
-                    ("not compared with torch: ", "yellow"), f"{graph.path.name}: {graph.unverified}"
-                )
+                Text.assemble(("not compared with torch: ", "yellow"), f"{graph.path.name}: {graph.unverified}")
             )
         shown += [Text(f"stored once: {shared}", style="dim") for shared in graph.shared]
     if result.carried:
         shown.append(
-            Text(
-                f"{count(len(result.carried), 'file')} carried over: {', '.join(result.carried)}", style="dim"
-            )
+            Text(f"{count(len(result.carried), 'file')} carried over: {', '.join(result.carried)}", style="dim")
         )
     return shown

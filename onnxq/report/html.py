@@ -91,8 +91,7 @@ def _text(value: object) -> str:
 def _colours(weights: Sequence[InspectedWeight]) -> dict[str, str]:
     """One colour per format, the formats with most bytes first; the last one serves all that remain."""
     by_format = {
-        str(label): sum(w.bytes for w in group)
-        for label, group in grouped(weights, lambda w: w.format).items()
+        str(label): sum(w.bytes for w in group) for label, group in grouped(weights, lambda w: w.format).items()
     }
     order = sorted(by_format, key=lambda label: -by_format[label])
     return {label: _PALETTE[min(index, len(_PALETTE) - 1)] for index, label in enumerate(order)}
@@ -131,8 +130,7 @@ def _rect(x: float, width: float, height: int, colour: str, title: str) -> str:
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     """Rows under heads; a head that begins with ``>`` belongs to a column of numbers."""
     cells = "".join(
-        f'<th class="n">{_text(head[1:])}</th>' if head.startswith(">") else f"<th>{_text(head)}</th>"
-        for head in heads
+        f'<th class="n">{_text(head[1:])}</th>' if head.startswith(">") else f"<th>{_text(head)}</th>" for head in heads
     )
     return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
 
@@ -150,8 +148,7 @@ def _strip(found: Inspection, colours: dict[str, str]) -> str:
     """One bar of the whole file, by format."""
     total = max(found.file_bytes, 1)
     rows = [
-        (label, sum(w.bytes for w in found.weights if w.format == label), colour)
-        for label, colour in colours.items()
+        (label, sum(w.bytes for w in found.weights if w.format == label), colour) for label, colour in colours.items()
     ]
     weights = sum(taken for _, taken, _ in rows)
     rows.append(("other constants", max(found.tensor_bytes - weights, 0), "#9aa4b2"))

@@ -161,11 +161,7 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
                 form=" + ".join(dict.fromkeys(node.op_type for part in group for node in part.nodes)),
                 code_bits=group[0].bits,
                 bytes=_bytes_of(tuple(value for part in group for value in part.tensors)),
-                relative_error=error
-                if error is not None
-                else record.relative_error
-                if record is not None
-                else None,
+                relative_error=error if error is not None else record.relative_error if record is not None else None,
                 measured=error is not None,
                 proxy_loss=record.proxy_loss if record is not None else None,
                 tensors=tuple(value.name or "" for part in group for value in part.tensors),
@@ -178,9 +174,7 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
         mismatches += _differences(weights, report)
     reasons = {} if report is None else {record.name: record.reason for record in report.kept}
     kept = tuple(
-        KeptRecord(
-            item.name, item.shape, item.dtype.name, item.bytes, reasons.get(item.name) or _reason(item)
-        )
+        KeptRecord(item.name, item.shape, item.dtype.name, item.bytes, reasons.get(item.name) or _reason(item))
         for item in found.skipped
         if not _is_part(model, item.name, quantised)
     )
@@ -188,9 +182,7 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
     data_files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     missing = [str(data) for data in data_files if not data.is_file()]
     if missing:
-        raise ModelError(
-            f"{file}: its data file {missing[0]} is missing. Put it beside the model, as it was written."
-        )
+        raise ModelError(f"{file}: its data file {missing[0]} is missing. Put it beside the model, as it was written.")
     return Inspection(
         path=str(file),
         file_bytes=file.stat().st_size + sum(data.stat().st_size for data in data_files),
@@ -243,11 +235,7 @@ def _bytes_of(values: tuple[ir.Value, ...]) -> int:
 
 
 def _is_part(model: ir.Model, name: str, quantised: set[int]) -> bool:
-    return any(
-        id(graph.initializers.get(name)) in quantised
-        for graph in model.graphs()
-        if name in graph.initializers
-    )
+    return any(id(graph.initializers.get(name)) in quantised for graph in model.graphs() if name in graph.initializers)
 
 
 def _float_weights(found: SiteReport) -> list[InspectedWeight]:
@@ -280,13 +268,9 @@ def _differences(weights: list[InspectedWeight], report: QuantizeReport) -> list
         if weight is None:
             wrong.append(f"'{record.name}' is in the report and not in the file")
         elif weight.bytes != record.bytes:
-            wrong.append(
-                f"'{record.name}' takes {weight.bytes:,} bytes in the file, {record.bytes:,} in the report"
-            )
+            wrong.append(f"'{record.name}' takes {weight.bytes:,} bytes in the file, {record.bytes:,} in the report")
         elif weight.shape != tuple(record.shape):
-            wrong.append(
-                f"'{record.name}' is {list(weight.shape)} in the file, {list(record.shape)} in the report"
-            )
+            wrong.append(f"'{record.name}' is {list(weight.shape)} in the file, {list(record.shape)} in the report")
     if wrong:
         wrong.append("the model was changed after onnxq wrote it; the sizes here are those of the file")
     return wrong
@@ -302,12 +286,7 @@ def _measure(parts: dict[str, list[Part]], reference: Path) -> dict[str, float]:
     by_node = {site.name: weight for weight in originals for site in weight.sites}
     errors = {}
     for name, group in parts.items():
-        nodes = [
-            user.name
-            for part in group
-            for node in part.nodes
-            for user in (node, *node.outputs[0].consumers())
-        ]
+        nodes = [user.name for part in group for node in part.nodes for user in (node, *node.outputs[0].consumers())]
         weight = by_name.get(name) or next((by_node[node] for node in nodes if node in by_node), None)
         if weight is None or any(part.decode is None for part in group):
             continue

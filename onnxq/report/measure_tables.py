@@ -16,9 +16,7 @@ from onnxq.report.units import count, duration, percent, size
 _FEW_LAYERS = 40
 
 
-def comparison(
-    found: OutputComparison, layers: Sequence[LayerError], *, verbose: bool
-) -> list[RenderableType]:
+def comparison(found: OutputComparison, layers: Sequence[LayerError], *, verbose: bool) -> list[RenderableType]:
     """Errors of outputs, and of the tensors between where they were asked for."""
     made = table(
         "output",
@@ -68,9 +66,7 @@ def comparison(
 
 def _snr(error: OutputError) -> Text:
     if math.isinf(error.snr_db):
-        return Text(
-            "exact" if error.snr_db > 0 else "no signal", style="green" if error.snr_db > 0 else "red"
-        )
+        return Text("exact" if error.snr_db > 0 else "no signal", style="green" if error.snr_db > 0 else "red")
     return Text(
         f"{error.snr_db:.1f} dB",
         style="green" if error.snr_db >= 20 else "yellow" if error.snr_db >= 10 else "red",

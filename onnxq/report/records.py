@@ -134,8 +134,10 @@ class QuantizeReport:
     def from_json(cls, text: str) -> QuantizeReport:
         """Reads what `to_json` wrote, from this or an older version of onnxq."""
         plain = json.loads(text)
-        return _build(cls, plain) if not plain.get("check") else dataclasses.replace(
-            _build(cls, {**plain, "check": None}), check=_build(OutputCheck, plain["check"])
+        return (
+            _build(cls, plain)
+            if not plain.get("check")
+            else dataclasses.replace(_build(cls, {**plain, "check": None}), check=_build(OutputCheck, plain["check"]))
         )
 
 

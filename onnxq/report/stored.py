@@ -76,9 +76,7 @@ def stored_parts(model: ir.Model) -> list[Part]:
         said = describe(node)
         if said is None:
             continue
-        tensors = dict.fromkeys(
-            v for operand in operands for v in stored_behind(operand) if v.is_initializer()
-        )
+        tensors = dict.fromkeys(v for operand in operands for v in stored_behind(operand) if v.is_initializer())
         known = found.get(codes[0])
         if known is None:
             name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes[0].name or node.name or "")
@@ -215,13 +213,7 @@ def _describe_dequantize(node: ir.Node) -> _Found | None:
     )
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     scales = initializer(node.inputs[1])
-    grouping = (
-        f"blocks of {block}"
-        if block
-        else "per tensor"
-        if scales is None or scales.size == 1
-        else "per column"
-    )
+    grouping = f"blocks of {block}" if block else "per tensor" if scales is None or scales.size == 1 else "per column"
     flat = (dims[0], int(np.prod(dims[1:], dtype=np.int64)))
     n, k = (flat[1], flat[0]) if turned else flat
 
@@ -234,9 +226,7 @@ def _describe_dequantize(node: ir.Node) -> _Found | None:
             else np.zeros_like(sides[0])
         )
         if block:
-            sides = [
-                np.take(np.repeat(side, block, axis=axis), range(dims[axis]), axis=axis) for side in sides
-            ]
+            sides = [np.take(np.repeat(side, block, axis=axis), range(dims[axis]), axis=axis) for side in sides]
         elif sides[0].size > 1:
             along = [1] * len(dims)
             along[axis] = dims[axis]

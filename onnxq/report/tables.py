@@ -39,9 +39,7 @@ def table(*columns: str, title: str = "", wide: Sequence[str] = ()) -> Table:
     for column in columns:
         name = column.removeprefix(">")
         right = column.startswith(">")
-        made.add_column(
-            name, justify="right" if right else "left", no_wrap=right or name not in wide, overflow="fold"
-        )
+        made.add_column(name, justify="right" if right else "left", no_wrap=right or name not in wide, overflow="fold")
     return made
 
 
@@ -58,9 +56,7 @@ def error_text(relative_error: float | None, mark: str = "") -> Text:
     if relative_error is None:
         return Text("-", style="dim")
     level = noise_decibels(relative_error)
-    return Text(
-        decibels(relative_error) + mark, style=next(style for limit, style in _STYLES if level >= limit)
-    )
+    return Text(decibels(relative_error) + mark, style=next(style for limit, style in _STYLES if level >= limit))
 
 
 def pooled(errors: Sequence[tuple[float | None, int]]) -> float | None:
@@ -194,10 +190,7 @@ def _ceilings(report: QuantizeReport, asked: Asked) -> list[RenderableType]:
         rows.append(("products", f"{asked.bits:g} bits", f"{report.linear_bits or 0:.4f} bits"))
     if asked.table_bits is not None:
         rows.append(("tables", f"{asked.table_bits:g} bits", f"{report.table_bits or 0:.4f} bits"))
-    return [
-        Text.assemble((f"{what}: ", "dim"), f"asked for at most {limit}, got {got}")
-        for what, limit, got in rows
-    ]
+    return [Text.assemble((f"{what}: ", "dim"), f"asked for at most {limit}, got {got}") for what, limit, got in rows]
 
 
 def _check(check: OutputCheck) -> Text:
@@ -262,9 +255,7 @@ def _where(found: Inspection) -> Table:
 def _inspected_weights(found: Inspection, verbose: bool) -> Table:
     total = max(found.file_bytes, 1)
     if verbose or len(found.weights) <= SHORT:
-        made = table(
-            "weight", "shape", "format", "read by", ">bytes", ">share", ">bits", ">error", wide=("weight",)
-        )
+        made = table("weight", "shape", "format", "read by", ">bytes", ">share", ">bits", ">error", wide=("weight",))
         for w in found.weights:
             made.add_row(
                 escape(w.name), shape(w.shape), w.format, w.form, size(w.bytes), percent(w.bytes / total),
@@ -328,9 +319,7 @@ def sites(found: SiteReport) -> list[RenderableType]:
         for site in weight.sites:
             through = " ".join(node.op_type for node in site.chain)
             side = " (left)" if site.side == "left" else ""
-            made.add_row(
-                *first, escape(site.name), site.kind, site.node.op_type + side, through, escape(site.scope)
-            )
+            made.add_row(*first, escape(site.name), site.kind, site.node.op_type + side, through, escape(site.scope))
             first = [""] * 4
     kept = [KeptRecord(s.name, s.shape, s.dtype.name, s.bytes, s.reason) for s in found.skipped]
     return [made, "", *(kept_table(kept) if kept else []), *notes(found.notes)]

@@ -9,9 +9,7 @@ def size(count: float) -> str:
     """Bytes in powers of 1000, as ``--size`` takes them: "17.4 MB"."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if abs(count) >= power:
-            return (
-                f"{count / power:.1f} {unit}" if abs(count) < 100 * power else f"{count / power:.0f} {unit}"
-            )
+            return f"{count / power:.1f} {unit}" if abs(count) < 100 * power else f"{count / power:.0f} {unit}"
     return f"{count:.0f} B"
 
 

@@ -7,9 +7,7 @@ import re
 import onnx_ir as ir
 import onnxruntime as ort
 
-LIBRARY = (
-    "open it with the kernel library: `onnxq.session(path)`, or register `onnxq.library_path()` yourself"
-)
+LIBRARY = "open it with the kernel library: `onnxq.session(path)`, or register `onnxq.library_path()` yourself"
 ACCURACY = (
     "set accuracy_level 4 in the node, or for a fused DequantizeLinear leave the session option "
     "session.qdq_matmulnbits_accuracy_level at 4"
@@ -20,9 +18,7 @@ FLOAT8 = (
     "store it in 8 bits: `onnxq quantize --width 8`"
 )
 TABLE = "store it so that only looked-up rows are decoded: `onnxq quantize` does, with either --target"
-TRANSPOSED = (
-    "store it as [K, N] with axis 0, without Transpose behind it: `onnxq quantize --target stock` does"
-)
+TRANSPOSED = "store it as [K, N] with axis 0, without Transpose behind it: `onnxq quantize --target stock` does"
 SHARED = "give each product its own, or use MatMulNBits over one weight: `onnxq quantize --target stock` does"
 FOLDED = "quantise the float model with `onnxq quantize`, whose nodes stay small in memory"
 COPIED = "the kernel form reads one copy for both: `onnxq quantize --target kernel`, with the library"
@@ -37,11 +33,7 @@ def float_zero_points(bits: int) -> str:
 
 def decoding(ours: bool) -> str:
     """For nodes that unpack a weight at every call."""
-    return (
-        LIBRARY
-        if ours
-        else "quantise the float model with `onnxq quantize`, which stores forms that have kernels"
-    )
+    return LIBRARY if ours else "quantise the float model with `onnxq quantize`, which stores forms that have kernels"
 
 
 def unfused(node: ir.Node) -> str:

@@ -67,9 +67,7 @@ def check_environment() -> Environment:
     except LibraryError as failure:
         problem = str(failure)
     except Exception as failure:  # noqa: BLE001 - ONNX Runtime's exceptions share no public base class
-        problem = (
-            f"The kernel library loads, but its test failed in ONNX Runtime {ort.__version__}: {failure}"
-        )
+        problem = f"The kernel library loads, but its test failed in ONNX Runtime {ort.__version__}: {failure}"
     return Environment(
         library=library,
         problem=problem,

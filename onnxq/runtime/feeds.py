@@ -44,9 +44,7 @@ def random_feed(path: str | Path, *, batch: int = 1, length: int = 128, past: in
         if wanted.optional:
             continue
         if wanted.shape is None or wanted.dtype is None or wanted.dtype == object:
-            raise ModelError(
-                f"No values can be made up for the input {wanted.describe()}: give data with --data."
-            )
+            raise ModelError(f"No values can be made up for the input {wanted.describe()}: give data with --data.")
         shape = [_size(dim, axis, batch, length, past) for axis, dim in enumerate(wanted.shape)]
         feed[wanted.name] = _values(wanted, wanted.dtype, values[wanted.name], shape, past, rng)
     return feed

@@ -31,9 +31,7 @@ def read_graph(path: str | Path) -> ir.Model:
     try:
         return ir.load(file)
     except Exception as error:  # protobuf, onnx and onnx-ir each have their own
-        raise ModelError(
-            f"{file} can't be read as an ONNX model: {error}. Export or copy it again."
-        ) from error
+        raise ModelError(f"{file} can't be read as an ONNX model: {error}. Export or copy it again.") from error
 
 
 def optimized_graph(

@@ -82,9 +82,7 @@ def error_feedback(
         CalibrationError: the second moment is not one: it stays indefinite however it is damped.
     """
     if damping < 0 or block_size < 1 or sweeps < 0:
-        raise ValueError(
-            f"{damping=} and {sweeps=} must not be negative, and {block_size=} must be 1 or more"
-        )
+        raise ValueError(f"{damping=} and {sweeps=} must not be negative, and {block_size=} must be 1 or more")
     gain = safe_gain(weight, format)
     n, k = weight.shape
     moment, factor, conditional, visit = _factorise(_checked(second_moment, k), damping, order)

@@ -115,9 +115,7 @@ def nearest_codes(values: np.ndarray, step: np.ndarray, zero: np.ndarray, top: i
     return codes
 
 
-def fit_groups(
-    values: np.ndarray, shares: np.ndarray | None, format: UniformFormat
-) -> tuple[np.ndarray, np.ndarray]:
+def fit_groups(values: np.ndarray, shares: np.ndarray | None, format: UniformFormat) -> tuple[np.ndarray, np.ndarray]:
     """The search proper, on weights already cut into groups and in units of the gain.
 
     Args:
@@ -240,9 +238,7 @@ class _Search:
         return products
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
-        sums: np.ndarray = (
-            values.sum(axis=2) if self.shares is None else np.einsum("rgs,gs->rg", values, self.shares)
-        )
+        sums: np.ndarray = values.sum(axis=2) if self.shares is None else np.einsum("rgs,gs->rg", values, self.shares)
         return sums
 
     def _total(self) -> np.ndarray | float:

@@ -8,9 +8,7 @@ from onnxq.formats.uniform import UniformEncoding, UniformFormat
 from onnxq.solvers.grid import round_to_grid, search_grid
 
 
-def nearest(
-    weight: np.ndarray, format: UniformFormat, importance: np.ndarray | None = None
-) -> UniformEncoding:
+def nearest(weight: np.ndarray, format: UniformFormat, importance: np.ndarray | None = None) -> UniformEncoding:
     """Round a weight to the nearest levels of the grid with the least weighted squared error.
 
     This is also the solver of tables: how often a row is looked up scales its whole error and moves no
@@ -25,6 +23,4 @@ def nearest(
         ValueError: see `search_grid`.
     """
     grid = search_grid(weight, format, importance)
-    return UniformEncoding(
-        format, round_to_grid(weight, format, grid), grid.scales, grid.zero_points, grid.gain
-    )
+    return UniformEncoding(format, round_to_grid(weight, format, grid), grid.scales, grid.zero_points, grid.gain)

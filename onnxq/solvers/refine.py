@@ -94,9 +94,7 @@ class _Pass:
             for start in range(0, len(slopes), _LEAF):
                 leaf = slice(start, min(start + _LEAF, len(slopes)))
                 codes = self.rows.codes[span][leaf]
-                moved[leaf] = _move_codes(
-                    self.rows, self.format, moment[leaf, leaf], slopes[leaf], group, codes
-                )
+                moved[leaf] = _move_codes(self.rows, self.format, moment[leaf, leaf], slopes[leaf], group, codes)
                 slopes -= moment[:, leaf] @ moved[leaf]
         moved += _move_grid(self.rows, self.format, moment, slopes, group, span)
         return moved

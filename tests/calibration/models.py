@@ -83,9 +83,7 @@ def token_feeds(seed: int = 0, batches: int = 3) -> list[dict[str, np.ndarray]]:
     return feeds
 
 
-def token_rows(
-    feeds: list[dict[str, np.ndarray]], wq: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def token_rows(feeds: list[dict[str, np.ndarray]], wq: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Unpadded rows of x and of h, by hand."""
     wq = weight("wq", K, H) if wq is None else wq
     ids = np.concatenate([f["input_ids"][f["attention_mask"] != 0] for f in feeds])

@@ -104,9 +104,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arrays", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_data_that_does_not_fit_is_refused(
-    tmp_path: Path, arrays: dict[str, np.ndarray], message: str
-) -> None:
+def test_data_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as caught:
         open_data(save(tmp_path / "bad.npz", **arrays), INPUTS)
     assert "bad.npz" in str(caught.value)
@@ -200,9 +198,7 @@ def tokenizer(tmp_path: Path) -> Path:
     vocabulary = {"[UNK]": 0, "a": 1, "b": 2, "c": 3, "[PAD]": 4, "[CLS]": 5}
     built = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    built.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A:1", special_tokens=[("[CLS]", 5)]
-    )
+    built.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A:1", special_tokens=[("[CLS]", 5)])
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     built.save(str(folder / "tokenizer.json"))

@@ -89,9 +89,7 @@ def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
     assert run("quantize", tmp_path, tmp_path, "--target", "gpu").exit_code == 2
 
 
-def test_an_interrupt_says_how_to_go_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_says_how_to_go_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -175,9 +173,7 @@ def test_a_folder_becomes_a_folder(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--size", "1MB"), ("--bits", 3)])
-def test_a_width_and_a_budget_exclude_each_other(
-    folder: Path, tmp_path: Path, words: tuple[object, ...]
-) -> None:
+def test_a_width_and_a_budget_exclude_each_other(folder: Path, tmp_path: Path, words: tuple[object, ...]) -> None:
     result = run("quantize", folder / "float.onnx", tmp_path / "out.onnx", "--width", 4, *words)
     assert result.exit_code == 1
     assert "--width" in result.stderr
@@ -201,9 +197,7 @@ def test_a_size_that_is_none(folder: Path, tmp_path: Path, size: str) -> None:
 
 
 def test_inspect(folder: Path, tmp_path: Path) -> None:
-    result = run(
-        "inspect", folder / "small.onnx", "--html", tmp_path / "page.html", "--node-data", tmp_path / "n.json"
-    )
+    result = run("inspect", folder / "small.onnx", "--html", tmp_path / "page.html", "--node-data", tmp_path / "n.json")
     assert result.exit_code == 0, result.stderr
     assert "layer.1.down.weight" in result.stdout
     assert "3.75" in result.stdout
@@ -273,9 +267,7 @@ def test_bench(folder: Path) -> None:
 
 
 def test_bench_measures_loading(folder: Path) -> None:
-    plain = run_json(
-        "bench", folder / "float.onnx", "--repeats", 3, "--data", folder / "data.npz", "--batch", 4
-    )
+    plain = run_json("bench", folder / "float.onnx", "--repeats", 3, "--data", folder / "data.npz", "--batch", 4)
     assert plain["latency"]["shapes"]["input_ids"] == [4, 6]
     assert plain["load"]["float.onnx"]["create_seconds"] > 0
 
@@ -348,9 +340,7 @@ def test_export_shows_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     words = ("export", tmp_path, tmp_path / "out", "--task", "feature-extraction", "--opset", 20, "--force")
     result = run(*words)
     assert result.exit_code == 0, result.stderr
-    assert all(
-        text in result.stdout for text in ("model.onnx", "90.0 MB", "1.0e-06", "MatMul 72", "tokenizer.json")
-    )
+    assert all(text in result.stdout for text in ("model.onnx", "90.0 MB", "1.0e-06", "MatMul 72", "tokenizer.json"))
     assert "exporting" in result.stderr
     assert run_json(*words)["graphs"][0]["nodes"] == 480
 

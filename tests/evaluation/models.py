@@ -43,9 +43,7 @@ def write_encoder(path: Path, seed: int = 0, noise: float = 0.0, external: bool 
         [onnx.numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.save_model(
-        model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0
-    )
+    onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=0)
     return path
 
 

@@ -41,9 +41,7 @@ def test_rounds_are_paired_and_rotate(tmp_path: Path) -> None:
 
 def test_threads_are_stated(tmp_path: Path) -> None:
     model = write_encoder(tmp_path / "m.onnx")
-    report = measure_latency(
-        {"path": model, "session": as_session(model, threads=2)}, feeds(1)[0], rounds=3, threads=1
-    )
+    report = measure_latency({"path": model, "session": as_session(model, threads=2)}, feeds(1)[0], rounds=3, threads=1)
     assert [t.threads for t in report.timings] == [1, 2]
     for timing in report.timings:
         assert 0 < timing.p10 <= timing.median <= timing.p90 <= timing.p99

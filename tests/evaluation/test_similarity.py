@@ -20,9 +20,7 @@ def test_mean_pool_by_hand() -> None:
 
 
 def test_mean_pool_of_nothing_is_zero_not_nan() -> None:
-    np.testing.assert_array_equal(
-        similarity.mean_pool(np.ones((1, 2, 3)), np.zeros((1, 2))), np.zeros((1, 3))
-    )
+    np.testing.assert_array_equal(similarity.mean_pool(np.ones((1, 2, 3)), np.zeros((1, 2))), np.zeros((1, 3)))
 
 
 def test_ranks_share_ties() -> None:

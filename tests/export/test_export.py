@@ -64,9 +64,7 @@ def test_weights_carry_their_parameters_names(exported, bert: Path) -> None:
     parameter = transformers.BertModel.from_pretrained(bert).state_dict()[name].numpy()
     np.testing.assert_array_equal(stored[name], parameter.T)
     assert not [
-        n
-        for n, value in stored.items()
-        if n.startswith("onnx::") and value.ndim == 2 and value.dtype == np.float32
+        n for n, value in stored.items() if n.startswith("onnx::") and value.ndim == 2 and value.dtype == np.float32
     ]
 
 

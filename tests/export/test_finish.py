@@ -25,9 +25,7 @@ def model(weights: dict[str, np.ndarray], nodes: list[onnx.NodeProto], opset: in
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", "width"])],
         [onnx.numpy_helper.from_array(w, n) for n, w in weights.items()],
     )
-    return ir.from_proto(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
-    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9))
 
 
 def tied() -> ir.Model:
@@ -39,9 +37,7 @@ def tied() -> ir.Model:
         helper.make_node("MatMul", ["h", "it"], ["back"], name="second"),
         helper.make_node("MatMul", ["back", "onnx::MatMul_9"], ["y"], name="head"),
     ]
-    return model(
-        {"onnx::MatMul_9": np.ascontiguousarray(TABLE.T), "table": TABLE, "onnx::MatMul_7": INNER}, nodes
-    )
+    return model({"onnx::MatMul_9": np.ascontiguousarray(TABLE.T), "table": TABLE, "onnx::MatMul_7": INNER}, nodes)
 
 
 def run(built: ir.Model) -> np.ndarray:

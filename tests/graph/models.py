@@ -23,18 +23,14 @@ def weight(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
 
 
-def node(
-    op: str, inputs: str, outputs: str, name: str = "", domain: str = "", **attributes: Any
-) -> onnx.NodeProto:
+def node(op: str, inputs: str, outputs: str, name: str = "", domain: str = "", **attributes: Any) -> onnx.NodeProto:
     """A node from space-separated value names."""
     return helper.make_node(op, inputs.split(), outputs.split(), name=name, domain=domain, **attributes)
 
 
 def constant(name: str, array: np.ndarray) -> onnx.NodeProto:
     """A Constant node."""
-    return helper.make_node(
-        "Constant", [], [name], name=f"{name}_node", value=numpy_helper.from_array(array, name)
-    )
+    return helper.make_node("Constant", [], [name], name=f"{name}_node", value=numpy_helper.from_array(array, name))
 
 
 def floats(name: str, dims: Dims) -> onnx.ValueInfoProto:

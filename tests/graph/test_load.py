@@ -127,9 +127,7 @@ def test_damage_inside(tmp_path: Path) -> None:
 
 
 def test_no_nodes(tmp_path: Path) -> None:
-    path = models.save(
-        models.model([], [models.floats("x", [1])], [models.floats("x", [1])]), tmp_path / "m.onnx"
-    )
+    path = models.save(models.model([], [models.floats("x", [1])], [models.floats("x", [1])]), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match="without nodes"):
         load(path)
 
@@ -173,9 +171,7 @@ def test_sparse_initializer_is_not_dropped(tmp_path: Path) -> None:
 
 def test_missing_external_data(external: Path) -> None:
     external.with_name("model.onnx.data").unlink()
-    with pytest.raises(
-        ModelError, match=r"'onnx::MatMul_7' is missing: there is no file .*model\.onnx\.data"
-    ):
+    with pytest.raises(ModelError, match=r"'onnx::MatMul_7' is missing: there is no file .*model\.onnx\.data"):
         load(external)
 
 
@@ -227,9 +223,7 @@ def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
         (tmp_path / "blobs" / name).rename(tmp_path / "blobs" / blob)
         (tmp_path / "snapshots" / name).symlink_to(tmp_path / "blobs" / blob)
     loaded = load(tmp_path / "snapshots" / source.name)
-    np.testing.assert_array_equal(
-        find_weights(loaded.model).weights[0].matrix(), models.weight(8, 16, seed=1).T
-    )
+    np.testing.assert_array_equal(find_weights(loaded.model).weights[0].matrix(), models.weight(8, 16, seed=1).T)
 
 
 def test_hard_linked_data_is_read(external: Path, tmp_path: Path) -> None:
@@ -247,9 +241,7 @@ def test_external_constant_in_a_function(tmp_path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
     loaded = load(path)
     assert loaded.external_files == (tmp_path / "w.data",)
-    np.testing.assert_array_equal(
-        find_weights(loaded.model).weights[0].matrix(), models.weight(8, 8, seed=9).T
-    )
+    np.testing.assert_array_equal(find_weights(loaded.model).weights[0].matrix(), models.weight(8, 8, seed=9).T)
 
 
 def test_three_gigabytes_are_not_read(tmp_path: Path) -> None:

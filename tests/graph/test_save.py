@@ -41,9 +41,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def _external(path: Path) -> dict[str, dict[str, str]]:
     proto = onnx.load(path, load_external_data=False)
-    return {
-        t.name: {e.key: e.value for e in t.external_data} for t in proto.graph.initializer if t.external_data
-    }
+    return {t.name: {e.key: e.value for e in t.external_data} for t in proto.graph.initializer if t.external_data}
 
 
 @pytest.mark.parametrize("external", [True, False])
@@ -60,9 +58,7 @@ def test_round_trip(tmp_path: Path, out: Path, external: bool) -> None:
     # fc1 is 8 KB and fc2 exactly 1 KB; the biases are smaller.
     assert set(entries) == {"onnx::MatMul_7"}
     assert entries["onnx::MatMul_7"] == {"location": "small.onnx.data", "offset": "0", "length": "8192"}
-    for given, returned in zip(
-        models.run(source, ROUND_TRIP_FEED), models.run(out, ROUND_TRIP_FEED), strict=True
-    ):
+    for given, returned in zip(models.run(source, ROUND_TRIP_FEED), models.run(out, ROUND_TRIP_FEED), strict=True):
         np.testing.assert_array_equal(given, returned)
     again = load(out)
     for before, after in zip(all_tensors(loaded.model), all_tensors(again.model), strict=True):
@@ -113,9 +109,7 @@ def test_appended_buffers_may_be_reused(out: Path) -> None:
     assert (first.numpy().sum(), second.numpy().sum()) == (0, 8)
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.float16, ml_dtypes.bfloat16, np.int64, ml_dtypes.float8_e4m3fn, ml_dtypes.int4]
-)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int64, ml_dtypes.float8_e4m3fn, ml_dtypes.int4])
 def test_element_types(out: Path, dtype: type) -> None:
     array: np.ndarray = (np.arange(6000).reshape(60, 100) % 7).astype(dtype).T
     model = ir.from_proto(models.mlp())
@@ -156,16 +150,12 @@ def test_shared_bytes_are_written_once(tmp_path: Path, out: Path) -> None:
 def test_every_external_tensor_is_aligned(tmp_path: Path, out: Path) -> None:
     sizes = [1025, 1500, 2049, 4097]
     arrays = {f"w{i}": np.full(size, i, np.uint8) for i, size in enumerate(sizes)}
-    model = ir.from_proto(
-        models.model([node("Relu", "x", "y")], [floats("x", [1])], [floats("y", [1])], arrays)
-    )
+    model = ir.from_proto(models.model([node("Relu", "x", "y")], [floats("x", [1])], [floats("y", [1])], arrays))
     with StreamingWriter(out) as writer:
         writer.finish(model)
     entries = _external(out)
     assert all(int(entry["offset"]) % ALIGNMENT == 0 for entry in entries.values())
-    assert {name: int(entry["length"]) for name, entry in entries.items()} == dict(
-        zip(arrays, sizes, strict=True)
-    )
+    assert {name: int(entry["length"]) for name, entry in entries.items()} == dict(zip(arrays, sizes, strict=True))
     data = out.with_name("small.onnx.data").read_bytes()
     for i, entry in enumerate(entries.values()):
         offset, length = int(entry["offset"]), int(entry["length"])
@@ -269,9 +259,7 @@ def test_the_source_is_never_overwritten(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, ModelError])
 @pytest.mark.parametrize("old", [False, True])
-def test_nothing_is_left_of_a_run_that_stops(
-    source: Path, out: Path, stop: type[BaseException], old: bool
-) -> None:
+def test_nothing_is_left_of_a_run_that_stops(source: Path, out: Path, stop: type[BaseException], old: bool) -> None:
     if old:
         with StreamingWriter(out) as writer:
             writer.finish(ir.from_proto(models.mlp(32, 32)))
@@ -342,9 +330,7 @@ def test_progress_counts_to_the_total(source: Path, out: Path) -> None:
 
 def test_saving_needs_one_chunk_of_memory(tmp_path: Path, out: Path) -> None:
     array = weight(1500, 8192)  # 49 MB
-    proto = models.model(
-        [node("MatMul", "x w", "y")], [floats("x", [1, 1500])], [floats("y", [1, 8192])], {"w": array}
-    )
+    proto = models.model([node("MatMul", "x w", "y")], [floats("x", [1, 1500])], [floats("y", [1, 8192])], {"w": array})
     model = load(models.save(proto, tmp_path / "m.onnx", external=True)).model
     del proto
     tracemalloc.start()

@@ -26,9 +26,7 @@ def _skipped(proto: onnx.ModelProto) -> dict[str, str]:
     return {skipped.name: skipped.reason for skipped in find_weights(models.as_ir(proto)).skipped}
 
 
-def _one_matmul(
-    array: np.ndarray, x: list[int], y: list[int], left: bool = False, **chain: object
-) -> onnx.ModelProto:
+def _one_matmul(array: np.ndarray, x: list[int], y: list[int], left: bool = False, **chain: object) -> onnx.ModelProto:
     inputs = "w x" if left else "x w"
     return models.model([node("MatMul", inputs, "y", "fc")], [floats("x", x)], [floats("y", y)], {"w": array})
 
@@ -144,9 +142,7 @@ def test_chains(nodes: list[onnx.NodeProto], shape: tuple[int, ...], stored: str
     assert [n.op_type for n in site.chain] == [n.op_type for n in nodes if n.input and n.input[0] in "wa"]
     assert site.root.name == "w"
     data = weight(3, 6, seed=1)
-    np.testing.assert_allclose(
-        data @ matrix_view(site).T, models.run(proto, {"x": data})[0], atol=RUN_TOLERANCE
-    )
+    np.testing.assert_allclose(data @ matrix_view(site).T, models.run(proto, {"x": data})[0], atol=RUN_TOLERANCE)
 
 
 def test_half_precision_behind_a_cast() -> None:
@@ -346,9 +342,7 @@ def test_dequantised_weights_are_listed() -> None:
 def test_integer_weight() -> None:
     data = helper.make_tensor_value_info("x", onnx.TensorProto.INT32, [2, 16])
     out = helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [2, 32])
-    proto = models.model(
-        [node("MatMul", "x w", "y", "fc")], [data], [out], {"w": np.ones((16, 32), np.int32)}
-    )
+    proto = models.model([node("MatMul", "x w", "y", "fc")], [data], [out], {"w": np.ones((16, 32), np.int32)})
     assert "INT32: only float32, float16, bfloat16 and double weights are encoded" in _skipped(proto)["w"]
     assert _sites(proto) == []
 

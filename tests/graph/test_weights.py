@@ -23,9 +23,7 @@ def _report(proto: onnx.ModelProto) -> SiteReport:
     return find_weights(models.as_ir(proto))
 
 
-def _two_matmuls(
-    first: np.ndarray, second: np.ndarray, chain: onnx.NodeProto | None = None
-) -> onnx.ModelProto:
+def _two_matmuls(first: np.ndarray, second: np.ndarray, chain: onnx.NodeProto | None = None) -> onnx.ModelProto:
     nodes = [node("MatMul", "x onnx::A_1", "h", "/a/MatMul"), node("MatMul", "h w", "y", "/b/MatMul")]
     initializers = {"onnx::A_1": first}
     if chain is None:
@@ -33,9 +31,7 @@ def _two_matmuls(
         initializers["onnx::B_2"] = second
     else:
         nodes.insert(0, chain)
-    return models.model(
-        nodes, [floats("x", [2, first.shape[0]])], [floats("y", [2, second.shape[1]])], initializers
-    )
+    return models.model(nodes, [floats("x", [2, first.shape[0]])], [floats("y", [2, second.shape[1]])], initializers)
 
 
 def test_every_constant_is_accounted_for() -> None:
@@ -87,9 +83,7 @@ def test_tied_embedding_is_one_weight(stored_twice: bool) -> None:
     assert len(found.roots) == 1 + stored_twice
     assert found.bytes == 20 * 8 * 4 * len(found.roots)
     np.testing.assert_array_equal(found.matrix(), weight(20, 8, seed=5))
-    stored_note = [
-        note for note in report.notes if "is stored 2 times (embed.weight, onnx::MatMul_31)" in note
-    ]
+    stored_note = [note for note in report.notes if "is stored 2 times (embed.weight, onnx::MatMul_31)" in note]
     assert len(stored_note) == stored_twice
 
 
@@ -147,9 +141,7 @@ def test_equal_content_in_another_type_is_not_tied() -> None:
 
 
 def test_both_orientations_of_one_matrix_are_two_weights() -> None:
-    report = _report(
-        _two_matmuls(weight(8, 8), weight(8, 8), node("Transpose", "onnx::A_1", "w", "/b/Transpose"))
-    )
+    report = _report(_two_matmuls(weight(8, 8), weight(8, 8), node("Transpose", "onnx::A_1", "w", "/b/Transpose")))
     first, second = report.weights
     assert (first.name, second.name) == ("a", "b")
     np.testing.assert_array_equal(first.matrix(), second.matrix().T)

@@ -134,16 +134,22 @@ def test_a_sum_that_is_read_twice_keeps_its_add() -> None:
         oh.make_node("Add", ["h", "b"], ["y"]),
         oh.make_node("Relu", ["h"], ["z"]),
     ]
-    proto = make_model(
-        nodes, {"x": ["s", K]}, {"y": ["s", N], "z": ["s", N]}, {"w": weight(K, N), "b": weight(N)}
-    )
+    proto = make_model(nodes, {"x": ["s", K]}, {"y": ["s", N], "z": ["s", N]}, {"w": weight(K, N), "b": weight(N)})
     assert "Add" in op_types(check(proto, {"x": weight(3, K)}))
 
 
 @pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize(
     "attributes",
-    [{}, {"transB": 1}, {"transA": 1}, {"transA": 1, "transB": 1}, {"alpha": 0.5}, {"beta": 2.0}, {"alpha": 2.0, "beta": 0.5}],
+    [
+        {},
+        {"transB": 1},
+        {"transA": 1},
+        {"transA": 1, "transB": 1},
+        {"alpha": 0.5},
+        {"beta": 2.0},
+        {"alpha": 2.0, "beta": 0.5},
+    ],
 )
 @pytest.mark.parametrize("c", [None, (N,), (1, N), (3, N)])
 def test_gemm(attributes: dict[str, float], c: tuple[int, ...] | None, stock: bool) -> None:
@@ -153,7 +159,9 @@ def test_gemm(attributes: dict[str, float], c: tuple[int, ...] | None, stock: bo
         initializers["c"] = weight(*c)
         inputs.append("c")
     x = weight(K, 3) if attributes.get("transA") else weight(3, K)
-    proto = make_model([oh.make_node("Gemm", inputs, ["y"], **attributes)], {"x": list(x.shape)}, {"y": [3, N]}, initializers)
+    proto = make_model(
+        [oh.make_node("Gemm", inputs, ["y"], **attributes)], {"x": list(x.shape)}, {"y": [3, N]}, initializers
+    )
     check(proto, {"x": x}, stock=stock)
 
 
@@ -178,7 +186,9 @@ def test_matmul_with_the_weight_on_the_left(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(3, K), (2, 3, K), (1, 3, K), (5, 2, 3, K)])
 def test_a_stack_of_weights(shape: tuple[int, ...]) -> None:
     out = [*shape[:-3], 2, 3, N]
-    proto = make_model([oh.make_node("MatMul", ["x", "w"], ["y"])], {"x": list(shape)}, {"y": out}, {"w": weight(2, K, N)})
+    proto = make_model(
+        [oh.make_node("MatMul", ["x", "w"], ["y"])], {"x": list(shape)}, {"y": out}, {"w": weight(2, K, N)}
+    )
     assert op_types(check(proto, {"x": weight(*shape)})).count("LowBitMatMul") == 2
 
 

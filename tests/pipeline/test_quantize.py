@@ -145,7 +145,10 @@ def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
         assert record.kinds == ("table", "linear")
         stored = [item.name for item in onnx.load(out).graph.initializer]
         assert sum(name.endswith(".packed") for name in stored) == 1
-        assert not any(item.data_type == onnx.TensorProto.FLOAT and len(item.dims) == 2 for item in onnx.load(out).graph.initializer)
+        assert not any(
+            item.data_type == onnx.TensorProto.FLOAT and len(item.dims) == 2
+            for item in onnx.load(out).graph.initializer
+        )
 
 
 def test_sites_in_functions_are_inlined_first(tmp_path: Path) -> None:

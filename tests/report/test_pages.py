@@ -70,17 +70,13 @@ def test_the_page_shows_every_weight_with_bars(found: Inspection) -> None:
 def test_names_are_escaped(found: Inspection) -> None:
     bad = "<script>alert('x')</script> [red]"
     weights = (dataclasses.replace(found.weights[0], name=bad, format=bad), *found.weights[1:])
-    changed = dataclasses.replace(
-        found, path=bad, weights=weights, notes=(bad,), mismatches=(bad,), recipe=bad
-    )
+    changed = dataclasses.replace(found, path=bad, weights=weights, notes=(bad,), mismatches=(bad,), recipe=bad)
     assert "<script" not in render_html(changed)
     assert bad in shown(tables.inspection(changed, verbose=True))
 
 
 def test_an_empty_model_has_a_page(found: Inspection) -> None:
-    empty = dataclasses.replace(
-        found, weights=(), kept=(), report=None, recipe="", file_bytes=0, tensor_bytes=0
-    )
+    empty = dataclasses.replace(found, weights=(), kept=(), report=None, recipe="", file_bytes=0, tensor_bytes=0)
     assert "</html>" in render_html(empty)
     assert shown(tables.inspection(empty, verbose=False))
 
@@ -122,9 +118,7 @@ def weight(index: int, error: float) -> WeightRecord:
 
 
 def report(count: int) -> QuantizeReport:
-    kept = tuple(
-        KeptRecord(f"b{i}", (64,), "FLOAT", 256, f"bias of Gemm '/layer.{i}/Gemm'") for i in range(3)
-    )
+    kept = tuple(KeptRecord(f"b{i}", (64,), "FLOAT", 256, f"bias of Gemm '/layer.{i}/Gemm'") for i in range(3))
     return QuantizeReport(
         source="float.onnx",
         output="small.onnx",

@@ -103,9 +103,7 @@ def dequantized_table(path: Path) -> Path:
     return write(path, nodes, [integers("ids", ["s"])], [floats("y", ["s", K])], arrays)
 
 
-def nbits(
-    path: Path, *, bits: int, block: int = BLOCK, level: int | None = 4, float_zeros: bool = False
-) -> Path:
+def nbits(path: Path, *, bits: int, block: int = BLOCK, level: int | None = 4, float_zeros: bool = False) -> Path:
     """MatMulNBits with a 256-deep weight."""
     depth = 256
     blocks = depth // block
@@ -180,10 +178,7 @@ def encoder(path: Path, vocabulary: int = 96, width: int = 64) -> Path:
                 nodes.append(node("Relu", f"{name}.sum", f"r{layer}"))
         nodes.append(node("Add", f"h{layer} layer.{layer}.down.sum", f"h{layer + 1}", f"/layer.{layer}/Add"))
     nodes.append(node("Identity", "h2", "hidden"))
-    arrays = {
-        name: array.astype(np.float32) if array.dtype == np.float64 else array
-        for name, array in arrays.items()
-    }
+    arrays = {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in arrays.items()}
     inputs = [integers("input_ids", ["batch", "sequence"]), integers("attention_mask", ["batch", "sequence"])]
     proto = model(nodes, inputs, [floats("hidden", ["batch", "sequence", width])], arrays)
     onnx.checker.check_model(proto)

@@ -108,9 +108,7 @@ def test_our_nodes_run_on_the_kernel(quantised: Path, library: Path) -> None:
     found = diagnose(quantised, library=True)
     assert found.counts == {"fast": 5, "slow": 0, "folded": 0, "float": 0}
     assert {finding.op for finding in found.findings} == {"LowBitMatMul", "LowBitGather"}
-    assert all(
-        finding.memory_bytes <= finding.file_bytes + 4 * 64 + 4 for finding in found.findings
-    )  # a bias
+    assert all(finding.memory_bytes <= finding.file_bytes + 4 * 64 + 4 for finding in found.findings)  # a bias
 
 
 def test_a_model_that_lost_its_functions_needs_the_library(quantised: Path, tmp_path: Path) -> None:

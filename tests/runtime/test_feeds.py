@@ -50,9 +50,7 @@ def test_sums_of_dimensions_and_the_past(tmp_path: Path) -> None:
         integers("attention_mask", ["batch_size", "past_sequence_length + 1"]),
         integers("position_ids", ["batch_size", "sequence_length"]),
     ]
-    outputs = [
-        helper.make_tensor_value_info(name, kind, None) for name, kind in (("a", 1), ("b", 7), ("c", 7))
-    ]
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in (("a", 1), ("b", 7), ("c", 7))]
     feed = random_feed(save(model(nodes, inputs, outputs), tmp_path / "m.onnx"), batch=3, length=1, past=5)
     assert feed["past_key"].shape == (3, 2, 5, 4)
     assert feed["attention_mask"].shape == (3, 6)

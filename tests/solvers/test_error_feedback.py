@@ -16,9 +16,7 @@ from tests.solvers.cases import gaussian, heavy_tailed, moment
 DAMPING = 0.01
 
 
-def gptq(
-    weight: np.ndarray, encoding: UniformEncoding, second_moment: np.ndarray, order: np.ndarray
-) -> np.ndarray:
+def gptq(weight: np.ndarray, encoding: UniformEncoding, second_moment: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Codes of GPTQ as published, with the inverse of H, in float64, on the grid of an encoding."""
     k = weight.shape[1]
     size = encoding.format.effective_group(k)
@@ -68,12 +66,8 @@ def test_errors_cancel_where_inputs_are_equal() -> None:
 )
 def test_it_is_gptq(format: UniformFormat, order: Order) -> None:
     weight, second_moment = heavy_tailed(24, 200), moment(200)
-    encoding = error_feedback(
-        weight, format, second_moment, damping=DAMPING, order=order, refit=False, block_size=16
-    )
-    visit = (
-        np.arange(200) if order is Order.NATURAL else np.argsort(-np.diagonal(second_moment), kind="stable")
-    )
+    encoding = error_feedback(weight, format, second_moment, damping=DAMPING, order=order, refit=False, block_size=16)
+    visit = np.arange(200) if order is Order.NATURAL else np.argsort(-np.diagonal(second_moment), kind="stable")
     # float32 decides a tie otherwise now and then, and what follows in that row with it.
     same_rows = (encoding.codes == gptq(weight, encoding, second_moment, visit)).all(axis=1)
     assert same_rows.mean() > 0.8
@@ -102,9 +96,7 @@ def test_the_factor_is_upper_and_multiplies_back(size: int, monkeypatch: pytest.
     st.sampled_from(Order),
     st.integers(0, 1),
 )
-def test_every_shape_and_format_works(
-    format: UniformFormat, n: int, k: int, order: Order, sweeps: int
-) -> None:
+def test_every_shape_and_format_works(format: UniformFormat, n: int, k: int, order: Order, sweeps: int) -> None:
     weight = heavy_tailed(n, k, k)
     encoding = error_feedback(weight, format, moment(k), order=order, sweeps=sweeps)
     assert encoding.shape == (n, k)
@@ -189,9 +181,7 @@ def test_rows_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     parts = error_feedback(weight[::-1], format, second_moment)
     # Products of other shapes sum in another order, which may tip a tie.
     assert (parts.codes[::-1] == whole.codes).mean() > 0.99
-    assert loss(weight[::-1], parts, second_moment) == pytest.approx(
-        loss(weight, whole, second_moment), rel=0.01
-    )
+    assert loss(weight[::-1], parts, second_moment) == pytest.approx(loss(weight, whole, second_moment), rel=0.01)
 
 
 def test_the_block_size_changes_nothing_but_the_speed() -> None:

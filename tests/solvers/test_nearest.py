@@ -132,9 +132,7 @@ def test_a_weight_on_a_grid_comes_back(bits: int, zero_point: ZeroPoint) -> None
 )
 def test_own_zero_points_never_lose(bits: int, own: ZeroPoint, shared: ZeroPoint) -> None:
     weight = heavy_tailed(16, 128)
-    better, worse = (
-        error_per_group(weight, nearest(weight, UniformFormat(bits, 32, zero))) for zero in (own, shared)
-    )
+    better, worse = (error_per_group(weight, nearest(weight, UniformFormat(bits, 32, zero))) for zero in (own, shared))
     assert np.all(better <= worse * 1.0001)
     if bits > 2:
         assert better.sum() < 0.95 * worse.sum()
@@ -171,9 +169,7 @@ def test_more_bits_never_hurt(zero_point: ZeroPoint) -> None:
 def test_constant_groups_are_exact(zero_point: ZeroPoint, value: float) -> None:
     weight = np.full((2, 40), value, np.float32)
     for bits in (2, 4, 8):
-        np.testing.assert_array_equal(
-            nearest(weight, UniformFormat(bits, 32, zero_point)).dequantize(), weight
-        )
+        np.testing.assert_array_equal(nearest(weight, UniformFormat(bits, 32, zero_point)).dequantize(), weight)
 
 
 def test_equal_importance_is_none_at_all() -> None:
@@ -212,17 +208,13 @@ def test_the_search_is_close_to_an_exhaustive_one() -> None:
 def test_any_magnitude_is_as_good_as_another(magnitude: float) -> None:
     weight, format = gaussian(4, 64), UniformFormat(4, 32, ZeroPoint.PER_GROUP)
     scaled = (weight * np.float32(magnitude)).astype(np.float32)
-    got = relative_error(
-        scaled / np.float32(magnitude), nearest(scaled, format).dequantize() / np.float32(magnitude)
-    )
+    got = relative_error(scaled / np.float32(magnitude), nearest(scaled, format).dequantize() / np.float32(magnitude))
     assert got == pytest.approx(relative_error(weight, nearest(weight, format).dequantize()), rel=0.02)
 
 
 def test_half_precision_weights_are_taken_as_they_are() -> None:
     weight, format = gaussian(4, 64).astype(np.float16), UniformFormat(4, 32, ZeroPoint.MIDRISE)
-    np.testing.assert_array_equal(
-        nearest(weight, format).codes, nearest(weight.astype(np.float32), format).codes
-    )
+    np.testing.assert_array_equal(nearest(weight, format).codes, nearest(weight.astype(np.float32), format).codes)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +229,7 @@ def test_half_precision_weights_are_taken_as_they_are() -> None:
         (np.ones((1, 8), np.float32), np.full(8, np.nan), "finite"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    weight: np.ndarray, importance: np.ndarray | None, message: str
-) -> None:
+def test_what_makes_no_sense_is_refused(weight: np.ndarray, importance: np.ndarray | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nearest(weight, UniformFormat(4), importance)
 

@@ -31,9 +31,7 @@ def losses(rows: Rows, format: UniformFormat, second_moment: np.ndarray) -> np.n
 @pytest.mark.parametrize("move_codes", [False, True])
 @pytest.mark.parametrize("zero_point", ZeroPoint)
 @pytest.mark.parametrize("group_size", [32, 64, None])
-def test_no_row_gets_worse_and_most_get_better(
-    zero_point: ZeroPoint, group_size: int | None, move_codes: bool
-) -> None:
+def test_no_row_gets_worse_and_most_get_better(zero_point: ZeroPoint, group_size: int | None, move_codes: bool) -> None:
     format, second_moment = UniformFormat(3, group_size, zero_point), moment(150)
     rows = rows_of(heavy_tailed(20, 150), format)
     history = [losses(rows, format, second_moment)]

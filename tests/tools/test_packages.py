@@ -35,9 +35,7 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-WHEEL = zip_bytes(
-    {"thing/model/config.json": b"{}", "thing/model/weights.bin": b"weights", "thing/code.py": b"boom"}
-)
+WHEEL = zip_bytes({"thing/model/config.json": b"{}", "thing/model/weights.bin": b"weights", "thing/code.py": b"boom"})
 HASHES = {"config.json": sha(b"{}"), "weights.bin": sha(b"weights")}
 
 

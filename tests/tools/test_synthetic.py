@@ -35,16 +35,8 @@ def test_weights_are_seeded_external_and_counted(tmp_path: Path) -> None:
     assert a == b != c
     model = onnx.load(tmp_path / "a.onnx", load_external_data=False)
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    assert (
-        sum(int(np.prod(t.dims)) for t in external)
-        == StackShape(layers=1, hidden=16, ffn=24, vocabulary=50).weights
-    )
-    assert all(
-        int(e.value) % synthetic.ALIGNMENT == 0
-        for t in external
-        for e in t.external_data
-        if e.key == "offset"
-    )
+    assert sum(int(np.prod(t.dims)) for t in external) == StackShape(layers=1, hidden=16, ffn=24, vocabulary=50).weights
+    assert all(int(e.value) % synthetic.ALIGNMENT == 0 for t in external for e in t.external_data if e.key == "offset")
 
 
 def test_existing_files_are_kept(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_brown_sentences() -> None:
 
 
 def test_review_sentences() -> None:
-    files = {name: b"" for name in text.REVIEW_SOURCES.values()}
+    files = dict.fromkeys(text.REVIEW_SOURCES.values(), b"")
     files[text.REVIEW_SOURCES["amazon"]] = b"146_12\t-0.85\tbe &amp; see,  twice\r\n"
     assert list(text.review_sentences(files)) == [Sentence("amazon", "146", "be & see, twice", -0.85)]
     files[text.REVIEW_SOURCES["amazon"]] = b"no tabs\r\n"
