@@ -358,7 +358,7 @@ def _build_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     for option in options:
         try:
             return _build(option, value, where)
-        except RecipeError as error:  # noqa: PERF203 - two options at most
+        except RecipeError as error:
             errors.append(error)
     # A record's own complaint says more than "none of these types".
     raise (

@@ -22,7 +22,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_opening_a_session_needs_no_graph_tools() -> None:
-    code = "import sys, onnxq; onnxq.session, onnxq.library_path; print([m for m in sys.modules if m in ('onnx_ir', 'torch', 'onnxscript')])"
+    code = (
+        "import sys, onnxq; onnxq.session, onnxq.library_path; "
+        "print([m for m in sys.modules if m in ('onnx_ir', 'torch', 'onnxscript')])"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 

@@ -46,7 +46,9 @@ def build_model(node: onnx.NodeProto, case: Case, arrays: dict[str, np.ndarray])
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", case.n])],
         [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 21), ("com.microsoft", 1), ("onnxq", 1))]
+    opsets = [
+        helper.make_opsetid(domain, version) for domain, version in (("", 21), ("com.microsoft", 1), ("onnxq", 1))
+    ]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
@@ -119,7 +121,7 @@ def open_runner(model: bytes, case: Case, rows: int) -> Callable[[], float] | No
         y = ort.OrtValue.ortvalue_from_shape_and_type([rows, case.n], np.float32, "cpu")
         binding.bind_ortvalue_output("y", y)
         session.run_with_iobinding(binding)
-    except Exception:  # the runtime's exceptions have no common base
+    except Exception:  # noqa: BLE001 - the runtime's exceptions have no common base
         return None
 
     def run() -> float:

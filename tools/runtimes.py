@@ -2,8 +2,8 @@
 
     python -m tools.runtimes 1.17.3 1.32.0
 
-For each version: a new virtual environment with that onnxruntime and nothing of onnxq, in which a small quantised model of
-opset 17 runs with the kernel library and without it. Prints a table of largest relative differences to numpy.
+For each version: a new virtual environment with that onnxruntime and nothing of onnxq, in which a small quantised model
+of opset 17 runs with the kernel library and without it. Prints a table of largest relative differences to numpy.
 """
 
 from __future__ import annotations

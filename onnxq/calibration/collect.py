@@ -34,7 +34,8 @@ class Loaded(Protocol):
     """What is needed of `onnxq.graph.LoadedModel`."""
 
     @property
-    def model(self) -> ir.Model: ...
+    def model(self) -> ir.Model:
+        """The graph to tap."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,6 +173,7 @@ class NpzSource(FeedSource):
         self._counts: tuple[int, ...] | None = None
 
     def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
+        """As `FeedSource.feeds`; reads one file at a time."""
         if self._counts is None:
             self._counts = tuple(self._rows(path, checker) for path in self.files)
         chosen = draw(sum(self._counts), self.max_samples, self.seed)
@@ -261,6 +262,7 @@ class FeedsSource(FeedSource):
         self._first_pass: int | None = None
 
     def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
+        """As `FeedSource.feeds`; a pass that gives other samples than the first is refused."""
         samples = 0
         for number, feed in enumerate(self.make()):
             if self.max_samples is not None and samples >= self.max_samples:

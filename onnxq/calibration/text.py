@@ -85,6 +85,7 @@ class TextSource(FeedSource):
         return TextSource(str(path), tuple(inputs), encodings, pad_id, batch or batch_size, fixed, tuple(notes))
 
     def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
+        """As `FeedSource.feeds`; a batch is padded to its longest line."""
         for start in range(0, len(self.encodings), self.batch_size):
             part = self.encodings[start : start + self.batch_size]
             where = f"{self.name} (lines {start} to {start + len(part) - 1} of those used)"
@@ -110,7 +111,8 @@ class TextSource(FeedSource):
                 # Built here, so bringing it to the model's integer width is no cast of the user's data.
                 feed[wanted.name] = array if wanted.dtype is None else array.astype(wanted.dtype)
             elif wanted.name.startswith(_PAST_PREFIX):
-                assert wanted.shape is not None and wanted.dtype is not None
+                assert wanted.shape is not None
+                assert wanted.dtype is not None
                 dims = [rows if i == 0 else (d if isinstance(d, int) else 0) for i, d in enumerate(wanted.shape)]
                 feed[wanted.name] = np.zeros(dims, wanted.dtype)
         return feed

@@ -102,7 +102,9 @@ def compare_layers(
 def _read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise ModelError(f"{path} is not a file: give the path of an .onnx file")
-    return onnx.load(path, load_external_data=False)
+    proto = onnx.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    return proto
 
 
 def _tapped(model: onnx.ModelProto, path: Path, names: Sequence[str]) -> ort.InferenceSession:

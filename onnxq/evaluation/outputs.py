@@ -128,8 +128,9 @@ def compare_outputs(
 
 
 def add_errors(sums: dict[str, ErrorSums], reference: Feeds, candidate: Feeds, mask: np.ndarray | None) -> None:
-    """Add the floating-point arrays that both sides have to `sums`, without the rows that `mask` [batch,
-    tokens] marks as padding.
+    """Add the floating-point arrays that both sides have to `sums`.
+
+    Rows that `mask` [batch, tokens] marks as padding are left out.
 
     Raises:
         ModelError: An array has different shapes on the two sides.
@@ -140,6 +141,7 @@ def add_errors(sums: dict[str, ErrorSums], reference: Feeds, candidate: Feeds, m
         got = candidate[name]
         if got.shape != expected.shape:
             raise ModelError(f"{name} has shape {expected.shape} in the reference but {got.shape} in the candidate")
+        pair = expected, got
         if mask is not None and expected.ndim >= 3 and expected.shape[:2] == mask.shape:
-            expected, got = expected[mask != 0], got[mask != 0]
-        sums.setdefault(name, ErrorSums()).add(expected, got)
+            pair = expected[mask != 0], got[mask != 0]
+        sums.setdefault(name, ErrorSums()).add(*pair)

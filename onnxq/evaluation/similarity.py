@@ -1,5 +1,4 @@
-"""Sentence embeddings: how well a candidate keeps a reference's, and what that does to ranking and to a small
-task.
+"""How well a candidate keeps a reference's sentence embeddings, and what that does to ranking and a small task.
 
 Embeddings are token vectors averaged over the tokens that are not padding and scaled to length 1, as
 sentence-transformers does for models with mean pooling (Reimers and Gurevych, 2019).
@@ -154,8 +153,9 @@ def rating_correlation(
     *,
     ridge: float = 1.0,
 ) -> float:
-    """Spearman correlation of human ratings with a ridge regression from embeddings, fitted on one part and
-    tested on the other.
+    """Spearman correlation of human ratings with a ridge regression from embeddings.
+
+    The regression is fitted on one part and tested on the other.
 
     Args:
         train, test: Embeddings [sentences, width].

@@ -70,7 +70,7 @@ def export(
     target = Path(out_dir)
     origin = source if isinstance(source, ModuleSource) else Path(source)
     _refuse_taken(target, origin, force)
-    tell = progress or (lambda line: None)
+    tell = progress or (lambda _: None)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:

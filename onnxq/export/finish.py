@@ -1,5 +1,4 @@
-"""What every exported graph goes through: the wanted opset, weights named and stored once, no traces of the
-exporting machine.
+"""What every exported graph goes through: the wanted opset, weights named and stored once, no stack traces.
 
 1. **Opset.** The tracing exporter knows opsets up to 20; later ones are reached by conversion, never by
    changing the number alone.

@@ -79,7 +79,7 @@ def export_folder(
         comparisons = {}
         if tolerance is not None:
             tell("comparing with torch")
-            comparisons = compare_folder(model, task, out)
+            comparisons = compare_folder(model, out)
     graphs = tuple(checked(path, facts, comparisons.get(path.name), tolerance) for path, facts in finished.items())
     return task, graphs, carried
 

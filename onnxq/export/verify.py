@@ -104,7 +104,7 @@ def cpu_session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def compare_folder(model: PreTrainedModel, task: str, folder: Path) -> dict[str, Comparison]:
+def compare_folder(model: PreTrainedModel, folder: Path) -> dict[str, Comparison]:
     """Compare every graph of an exported folder with `model`, by file name.
 
     Graphs of unknown form say so in `unverified`.
@@ -122,12 +122,12 @@ def compare_folder(model: PreTrainedModel, task: str, folder: Path) -> dict[str,
                     _compare_with_cache(model, session, comparison, rng, batch, length)
                 else:
                     _compare_plain(model, session, comparison, rng, batch, length)
-        except _UnknownInput as unknown:
+        except _UnknownInputError as unknown:
             comparison.unverified = f"no rule to make up values for the input {unknown}"
     return comparisons
 
 
-class _UnknownInput(Exception):
+class _UnknownInputError(Exception):
     """An input that no random values can be made for."""
 
 
@@ -153,7 +153,7 @@ def _made_up(name: str, model: PreTrainedModel, rng: np.random.Generator, batch:
         return rng.standard_normal((batch, config.num_channels, *side), np.float32)
     if name == "input_features" and hasattr(config, "num_mel_bins"):
         return rng.standard_normal((batch, config.num_mel_bins, 2 * config.max_source_positions), np.float32)
-    raise _UnknownInput(name)
+    raise _UnknownInputError(name)
 
 
 def _torch_outputs(model: Any, feeds: Mapping[str, np.ndarray], **more: Any) -> dict[str, np.ndarray]:

@@ -103,11 +103,13 @@ class UniformFormat:
             else np.rint(np.asarray(zero, np.float64) * fraction)
         )
         largest = (self.levels - 1) * fraction if self.zero_point.whole else 255
-        return np.clip(stored, 0, largest).astype(np.uint8)
+        fixed: np.ndarray = np.clip(stored, 0, largest).astype(np.uint8)
+        return fixed
 
     def zero_of(self, zero_points: np.ndarray) -> np.ndarray:
         """Stored zero points in steps, float32."""
-        return zero_points.astype(np.float32) / np.float32(1 << (8 - self.bits))
+        steps: np.ndarray = zero_points.astype(np.float32) / np.float32(1 << (8 - self.bits))
+        return steps
 
     def cost_bits(self, n: int, k: int) -> int:
         """Bits on disk of a weight [N, K]: codes, scales, zero points, gain and padding."""
@@ -165,7 +167,8 @@ class UniformEncoding:
                 f"{self.format.label()} of a [{n}, {k}] weight needs scales [{n}, {groups}] and zero points "
                 f"{list(zeros)}, not {list(self.scales.shape)} and {list(self.zero_points.shape)}"
             )
-        if (self.codes.dtype, self.scales.dtype, self.zero_points.dtype) != (np.uint8, np.float16, np.uint8):
+        byte, half = np.dtype(np.uint8), np.dtype(np.float16)
+        if (self.codes.dtype, self.scales.dtype, self.zero_points.dtype) != (byte, half, byte):
             raise ValueError("codes and zero points must be uint8 and scales float16")
 
     @property
@@ -175,17 +178,19 @@ class UniformEncoding:
 
     def effective_scales(self) -> np.ndarray:
         """Gain * scale, float32 [N, G]."""
-        return self.scales.astype(np.float32) * np.float32(self.gain)
+        effective: np.ndarray = self.scales.astype(np.float32) * np.float32(self.gain)
+        return effective
 
     def dequantize(self) -> np.ndarray:
         """The weight that every runtime computes with, float32 [N, K]."""
-        n, k = self.shape
+        _, k = self.shape
         group = self.format.effective_group(k)
         scales = np.repeat(self.effective_scales(), group, axis=1)[:, :k]
         zeros = self.format.zero_of(self.zero_points)
         if not self.format.zero_point.shared:
             zeros = np.repeat(zeros, group, axis=1)[:, :k]
-        return (self.codes.astype(np.float32) - zeros) * scales
+        weight: np.ndarray = (self.codes.astype(np.float32) - zeros) * scales
+        return weight
 
     def cost_bits(self) -> int:
         """Bits on disk, everything counted."""

@@ -1,6 +1,4 @@
-"""Which values are constant, where nodes stand, and what view operators do to a constant on its way to a
-site.
-"""
+"""Which values are constant, where nodes stand, and what view operators do to a constant before a site."""
 
 from __future__ import annotations
 

@@ -48,8 +48,7 @@ class SavedModel:
 
 @final
 class StreamingWriter:
-    """Collects tensors in a temporary folder beside the output and publishes the finished model with two
-    renames.
+    """Collects tensors in a temporary folder beside the output and publishes the model with two renames.
 
     Until `finish` returns, the output path is as it was; whatever ends the ``with`` block early, an interrupt
     included, removes the temporary folder. Peak memory: one chunk of one tensor

@@ -58,7 +58,8 @@ def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     """
     if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
         try:
-            return tensor.numpy()
+            array: np.ndarray = tensor.numpy()
+            return array
         except (OSError, ValueError) as error:
             raise ModelError(f"The tensor '{tensor.name}' can't be read: {error}") from error
     shape = tensor.shape.numpy()
@@ -71,7 +72,8 @@ def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
             f"The tensor '{tensor.name}' can't be read from {tensor.path} "
             f"(offset {tensor.offset or 0}, {tensor.nbytes} bytes): {error}"
         ) from error
-    return raw.view(np.ndarray).view(tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
+    view: np.ndarray = raw.view(np.ndarray).view(tensor.dtype.numpy().newbyteorder("<")).reshape(shape)
+    return view
 
 
 def copy_bytes(tensor: ir.TensorProtocol, file: BinaryIO) -> int:

@@ -51,8 +51,9 @@ def stored_tensor(root: ir.Value) -> ir.TensorProtocol:
 
 
 def matrix_view(site: Site) -> np.ndarray:
-    """The matrix [batch * n, k] of a site in its stored type; a view of the memory map unless a reshape
-    forces a copy.
+    """The matrix [batch * n, k] of a site in its stored type.
+
+    It is a view of the memory map unless a reshape forces a copy.
     """
     return site.layout.apply(read_array(stored_tensor(site.root)))
 

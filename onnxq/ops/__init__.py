@@ -6,8 +6,11 @@ A new op is one module here that defines its body, one line in `_BODIES`, and it
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import onnx
 import onnx_ir as ir
+from onnxscript import OnnxFunction
 
 from onnxq.errors import ModelError
 from onnxq.ops import lowbit, lowbit_legacy
@@ -20,7 +23,7 @@ OLDEST_OPSET = 13
 FUSING_OPSET = 21
 """From here on stock ONNX Runtime folds a low-bit weight to its own 8-bit form instead of float32."""
 
-_BODIES = {
+_BODIES: dict[str, tuple[OnnxFunction[..., Any], OnnxFunction[..., Any]]] = {
     "LowBitMatMul": (lowbit.LowBitMatMul, lowbit_legacy.LowBitMatMul),
     "LowBitGather": (lowbit.LowBitGather, lowbit_legacy.LowBitGather),
 }
@@ -32,11 +35,11 @@ def op_types() -> tuple[str, ...]:
 
 
 @functools.cache
-def _protos(op_type: str, modern: bool) -> tuple[object, ...]:
+def _protos(op_type: str, modern: bool) -> tuple[onnx.FunctionProto, ...]:
     function = _BODIES[op_type][0 if modern else 1]
     # Callers come before callees here, and the reference evaluator wants it the other way round.
     callees = reversed(function.function_ir.get_called_functions().values())
-    return tuple(callee.to_function_proto() for callee in callees) + (function.to_function_proto(),)
+    return (*(callee.to_function_proto() for callee in callees), function.to_function_proto())
 
 
 def functions_for(op_type: str, opset: int) -> list[ir.Function]:
@@ -57,7 +60,7 @@ def functions_for(op_type: str, opset: int) -> list[ir.Function]:
             f"opset {opset} is too old: {op_type} needs opset {OLDEST_OPSET} or newer (21 is best). "
             "Export the model again with `onnxq export --opset 21`, or raise it with onnx's version converter."
         )
-    functions = [ir.from_proto(proto) for proto in _protos(op_type, opset >= FUSING_OPSET)]
+    functions = [ir.serde.deserialize_function(proto) for proto in _protos(op_type, opset >= FUSING_OPSET)]
     for function in functions:
         function.opset_imports[""] = opset
     return functions

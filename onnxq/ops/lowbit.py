@@ -13,6 +13,7 @@ low-bit weight costs 8 bits of memory there, not 32. (`onnxq.ops.lowbit_legacy` 
 from __future__ import annotations
 
 # ruff: noqa: N802 - functions and parameters are named as the ops and attributes they define.
+# ruff: noqa: ARG001 - accuracy_level and layout_version are attributes of the ops that only the kernels read.
 import onnx
 from onnxscript import opset21 as op
 from onnxscript import script

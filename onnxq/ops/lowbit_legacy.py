@@ -1,13 +1,15 @@
 """The bodies of LowBitMatMul and LowBitGather for models of opset 13 to 20.
 
 Same meaning as `onnxq.ops.lowbit`, written with integer division and remainder, since bitwise ops came with opset
-18 and blocked DequantizeLinear with 21. Constants are written out: a plain number would become a CastLike (opset 15). There is nothing below opset 21 that a runtime could fuse, so a LowBitMatMul
-folds to a float32 weight where the kernel library is absent; a table still stays one byte per weight.
+18 and blocked DequantizeLinear with 21. Constants are written out: a plain number would become a CastLike (opset 15).
+There is nothing below opset 21 that a runtime could fuse, so a LowBitMatMul folds to a float32 weight where the kernel
+library is absent; a table still stays one byte per weight.
 """
 
 from __future__ import annotations
 
 # ruff: noqa: N802 - functions and parameters are named as the ops and attributes they define.
+# ruff: noqa: ARG001 - accuracy_level and layout_version are attributes of the ops that only the kernels read.
 import onnx
 from onnxscript import opset13 as op
 from onnxscript import script

@@ -88,7 +88,7 @@ class RewriteSitesPass(ir.passes.InPlacePass):
                 model.functions.setdefault(function.identifier(), function)
         _declare(model, bool(needed))
         RemoveDeadPass()(model)
-        RemoveUnusedFunctionsPass()(model)
+        RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # onnx_ir leaves its __init__ untyped
         return ir.passes.PassResult(model, bool(self._assignments))
 
 

@@ -58,9 +58,10 @@ class ResumeStore:
         if not self.folder.is_dir():
             self.folder.mkdir()
             (self.folder / _KEY_FILE).write_text(self._key)
+        arrays: dict[str, Any] = encoding.to_arrays()
         partial = self._file(name).with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, **encoding.to_arrays())
+            np.savez(file, **arrays)
         os.replace(partial, self._file(name))
 
     def discard(self) -> None:

@@ -182,9 +182,7 @@ def _runs(progress: Progress) -> Any:
     return follow
 
 
-def _stages(
-    job: _Job, store: ResumeStore
-) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
+def _stages(job: _Job) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
     """The weights in portions, each with the statistics that it needs."""
     planned = list(job.plan.planned)
     if job.data is None:
@@ -251,7 +249,7 @@ def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, sta
     if store.found:
         notes.append(f"went on from an interrupted run: {store.found} weights were solved already")
     order = {item.weight.name: index for index, item in enumerate(job.plan.planned)}
-    for portion, collected, sequence in _stages(job, store):
+    for portion, collected, sequence in _stages(job):
         if collected is not None:
             notes += [note for note in collected.notes if note not in notes]
         job.progress.start("solving", len(portion))

@@ -86,7 +86,8 @@ def _encode(
     member: np.ndarray, planned: Planned, statistics: InputStatistics | None, uses_moment: bool
 ) -> UniformEncoding:
     if uses_moment:
-        assert statistics is not None and statistics.second_moment is not None
+        assert statistics is not None
+        assert statistics.second_moment is not None
         spec = planned.solver
         return error_feedback(
             member,

@@ -134,11 +134,9 @@ class QuantizeReport:
     def from_json(cls, text: str) -> QuantizeReport:
         """Reads what `to_json` wrote, from this or an older version of onnxq."""
         plain = json.loads(text)
-        return (
-            _build(cls, plain)
-            if not plain.get("check")
-            else dataclasses.replace(_build(cls, {**plain, "check": None}), check=_build(OutputCheck, plain["check"]))
-        )
+        report: QuantizeReport = _build(cls, {**plain, "check": None})
+        check = plain.get("check")
+        return dataclasses.replace(report, check=_build(OutputCheck, check)) if check else report
 
 
 def _mean_bits(weights: list[WeightRecord]) -> float | None:

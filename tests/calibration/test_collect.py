@@ -302,8 +302,8 @@ def test_infinite_activations_are_named() -> None:
         HEADER + "m (float[B, 6] x) => (float[B, 5] y) { t = Exp (x) \n y = MatMul (t, w) }",
         w=weight("w", K, H),
     )
+    feeds = [{"x": np.full((2, K), v, np.float32)} for v in (1, 1000)]
     with pytest.raises(CalibrationError, match=r"feed 1.*'t'.*infinity"):
-        feeds = [{"x": np.full((2, K), v, np.float32)} for v in (1, 1000)]
         collect(loaded, [tap(loaded, "t")], data_of(loaded, feeds))
 
 

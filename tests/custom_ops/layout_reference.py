@@ -95,9 +95,9 @@ def quantize_activations(x: np.ndarray, group_size: int) -> np.ndarray:
     block = min(group_size, 128)
     for start in range(0, x.shape[1], block):
         part = x[:, start : start + block]
-        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            out[:, start : start + block] = np.where(scale > 0, np.rint(part / scale), 0) * scale
+        largest = np.abs(part).max(axis=1, keepdims=True)
+        # By the reciprocal, as the kernels do: x / scale falls on the other side of a half now and then.
+        out[:, start : start + block] = np.rint(part * (np.float32(127) / largest)) * (largest / np.float32(127))
     return out
 
 

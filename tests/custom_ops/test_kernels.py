@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Largest error over the sum of |x| |W|: float32 sums of K terms in any order.
 FLOAT_TOLERANCE = 2e-6
-# Half a step of int8 may fall either way when x / scale is rounded differently: a few steps out of K terms.
-INT8_TOLERANCE = 3e-4
+# The round trip through int8 is exact in the reference, so only the order of the sums is left here too.
+INT8_TOLERANCE = 2e-6
 
 
 def new_session(model: onnx.ModelProto, library: Path, threads: int = 1) -> ort.InferenceSession:
@@ -50,7 +50,9 @@ def relative_error(y: np.ndarray, x: np.ndarray, weight: Weight, bias: np.ndarra
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("accuracy_level", [1, 4])
-@pytest.mark.parametrize(("n", "k", "group_size"), [(64, 128, 32), (45, 200, 64), (33, 384, 128), (7, 70, 96), (70, 352, 160)])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(64, 128, 32), (45, 200, 64), (33, 384, 128), (7, 70, 96), (70, 352, 160)]
+)
 def test_matmul_agrees_with_layout_text(
     bits: int, accuracy_level: int, n: int, k: int, group_size: int, library: Path
 ) -> None:
@@ -205,7 +207,9 @@ def if_model(weight: Weight, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
             domain="onnxq",
             **attributes(weight, accuracy_level=level),
         )
-        return helper.make_graph([node], name, [], [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)])
+        return helper.make_graph(
+            [node], name, [], [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)]
+        )
 
     node = helper.make_node("If", ["c"], ["y"], then_branch=branch("yes", 1), else_branch=branch("no", 4))
     graph = helper.make_graph(
@@ -232,13 +236,12 @@ def test_weight_of_the_outer_scope_inside_if(library: Path) -> None:
     assert relative_error(no, quantize_activations(x, 32), weight) < INT8_TOLERANCE
 
 
-def test_wrong_weight_of_the_outer_scope_is_refused_before_it_is_read(library: Path) -> None:
+def test_wrong_weight_of_the_outer_scope_is_refused_at_session_creation(library: Path) -> None:
     weight = random_weight(np.random.default_rng(5), 40, 96, 5, 32)
     arrays = weight.pack() | {"bias": np.zeros(1, np.float32)}
     arrays["packed"] = arrays["packed"][:1]
     with pytest.raises(Exception, match=r"(yes|no)_node.*input 1 \(packed\)"):
-        session = new_session(if_model(weight, arrays), library)
-        session.run(None, {"c": np.array(True), "x": np.zeros((1, 96), np.float32)})
+        new_session(if_model(weight, arrays), library)
 
 
 def test_weight_as_run_time_input_is_checked_at_each_run(library: Path) -> None:
@@ -277,7 +280,9 @@ def test_sessions_share_the_library(library: Path) -> None:
     assert second.run(None, {"x": x})[0].shape == (1, 40)
 
 
-DESCRIBE = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).OnnxqDescribe; f.restype = ctypes.c_char_p; print(f().decode())"
+DESCRIBE = (
+    "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).OnnxqDescribe; f.restype = ctypes.c_char_p; print(f().decode())"
+)
 
 
 def describe(library: Path, isa: str | None) -> dict[str, object]:

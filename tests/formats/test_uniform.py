@@ -85,7 +85,7 @@ def test_no_scale_at_all_has_gain_one() -> None:
 
 @pytest.mark.parametrize(("bits", "group_size"), [(0, 32), (9, 32), (4, 16), (4, 40), (4, 0)])
 def test_formats_that_do_not_exist_are_refused(bits: int, group_size: int) -> None:
-    with pytest.raises(ValueError, match="bits must be|group_size must be"):
+    with pytest.raises(ValueError, match=r"bits must be|group_size must be"):
         UniformFormat(bits, group_size)
 
 

@@ -122,7 +122,7 @@ def test_damage_inside(tmp_path: Path) -> None:
     whole[at] = 0xFF
     path = tmp_path / "m.onnx"
     path.write_bytes(whole)
-    with pytest.raises(ModelError, match="can't be read|not a valid"):
+    with pytest.raises(ModelError, match=r"can't be read|not a valid"):
         load(path)
 
 
@@ -136,7 +136,7 @@ def test_dangling_input(tmp_path: Path) -> None:
     proto = models.model(
         [models.node("Add", "x nowhere", "y", "add")], [models.floats("x", [1])], [models.floats("y", [1])]
     )
-    with pytest.raises(ModelError, match="'add' .*reads 'nowhere', which nothing produces"):
+    with pytest.raises(ModelError, match=r"'add' .*reads 'nowhere', which nothing produces"):
         load(models.save(proto, tmp_path / "m.onnx"))
 
 
@@ -156,7 +156,7 @@ def test_already_quantised(tmp_path: Path) -> None:
         {"w": models.weight(2, 2)},
         domains=["onnxq"],
     )
-    with pytest.raises(ModelError, match="already quantised by onnxq.*'fc'"):
+    with pytest.raises(ModelError, match=r"already quantised by onnxq.*'fc'"):
         load(models.save(proto, tmp_path / "m.onnx"))
 
 

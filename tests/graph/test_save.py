@@ -264,9 +264,14 @@ def test_nothing_is_left_of_a_run_that_stops(source: Path, out: Path, stop: type
         with StreamingWriter(out) as writer:
             writer.finish(ir.from_proto(models.mlp(32, 32)))
     before = _files(out.parent)
-    with pytest.raises(stop), StreamingWriter(out, force=True) as writer:
-        writer.append("w", weight(64, 64))
-        raise stop
+
+    def stopped_run() -> None:
+        with StreamingWriter(out, force=True) as writer:
+            writer.append("w", weight(64, 64))
+            raise stop
+
+    with pytest.raises(stop):
+        stopped_run()
     assert _files(out.parent) == before
 
 

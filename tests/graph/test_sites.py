@@ -91,10 +91,8 @@ def test_gemm(trans_a: int, trans_b: int, left: bool) -> None:
     assert (site.n, site.k) == ((m, k) if left else (n, k))
     data = weight(*given, seed=1)
     matrix = matrix_view(site)
-    if left:
-        expected = 0.5 * matrix @ (data.T if trans_b else data)
-    else:
-        expected = 0.5 * (data.T if trans_a else data) @ matrix.T
+    other = data.T if (trans_b if left else trans_a) else data
+    expected = 0.5 * (matrix @ other if left else other @ matrix.T)
     np.testing.assert_allclose(models.run(proto, {"x": data})[0], expected, atol=RUN_TOLERANCE)
 
 

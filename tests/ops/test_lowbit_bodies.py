@@ -110,5 +110,5 @@ def test_stock_onnx_runtime_fuses_the_body_to_its_own_8_bit_product(bits: int, t
 
 
 def test_an_opset_too_old_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ModelError, match="opset 12 is too old.*onnxq export --opset 21"):
+    with pytest.raises(ModelError, match=r"opset 12 is too old.*onnxq export --opset 21"):
         ops.functions_for("LowBitMatMul", 12)

@@ -264,7 +264,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_runs(
 
 
 def test_nothing_to_do_is_said(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OnnxqError, match="no weight that the recipe quantises.*min_elements"):
+    with pytest.raises(OnnxqError, match=r"no weight that the recipe quantises.*min_elements"):
         onnxq.quantize(source, tmp_path / "s.onnx", recipe=dataclasses.replace(SMALL, min_elements=10**9))
 
 

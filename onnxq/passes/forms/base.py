@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.formats.base import Encoding
-
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
@@ -67,15 +65,3 @@ class Form(Protocol):
 def constant(tape: ir.tape.Tape, array: np.ndarray) -> ir.Value:
     """A Constant node of a small array."""
     return tape.op("Constant", [], {"value": ir.tensor(array)})
-
-
-def written_bits(arrays: Mapping[str, np.ndarray]) -> int:
-    """Bits that arrays take as ONNX tensors; two- and four-bit types are packed."""
-    return sum(array.size * ir.DataType.from_numpy(array.dtype).bitwidth for array in arrays.values())
-
-
-def cost_note(encoding: Encoding, arrays: Mapping[str, np.ndarray]) -> str:
-    """How far the bytes of a form are from those that the format counts, or an empty text when equal."""
-    difference = written_bits(arrays) - encoding.cost_bits()
-    # The gain is an attribute in the custom op: 32 bits that no array holds.
-    return "" if abs(difference) <= 32 else f"{difference / 8:+.0f} bytes against the packed format"

@@ -87,7 +87,8 @@ def _pack_fields(values: np.ndarray, bits: int) -> np.ndarray:
     padded = np.zeros((n, ceil_div(columns, fields) * fields), np.uint8)
     padded[:, :columns] = values
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return np.bitwise_or.reduce(padded.reshape(n, -1, fields) << shifts, axis=2)
+    packed: np.ndarray = np.bitwise_or.reduce(padded.reshape(n, -1, fields) << shifts, axis=2)
+    return packed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,110 @@
+// AVX2 + FMA + F16C as a vector trait. Included inside an anonymous namespace.
+
+struct Isa {
+  using Bytes = __m256i;
+  using Ints = __m256i;
+  using Partial = __m256i;  // sixteen int16 sums of two products each
+  using Floats = __m256;
+
+  static constexpr int kLanes = 8;
+  static constexpr int kDirectBits = 7;  // 255 * 127 * 2 would saturate maddubs
+  static constexpr int kGemvVectors = 4;
+  static constexpr int kGemmRows = 6;  // 6 x 2 sums, 2 codes, 1 quad, 1 product: all sixteen registers
+  static constexpr int kGemmVectors = 2;
+  static constexpr int kFloatRows = 6;
+  static constexpr int kFloatVectors = 2;
+
+  /// How many maddubs results of codes this wide and int8 inputs fit an int16, rounded to a power of two.
+  static constexpr int Depth(int code_bits) {
+    const int fits = 32767 / (((1 << code_bits) - 1) * 128 * 2);
+    return fits >= 32 ? 32 : fits >= 8 ? 8 : fits >= 4 ? 4 : fits >= 2 ? 2 : 1;
+  }
+
+  static ONNXQ_INLINE Bytes ZeroBytes() { return _mm256_setzero_si256(); }
+  static ONNXQ_INLINE Bytes Load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static ONNXQ_INLINE void Store(uint8_t* p, Bytes v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  template <int kRight>
+  static ONNXQ_INLINE Bytes Shift(Bytes v) {
+    if constexpr (kRight > 0) return _mm256_srli_epi32(v, kRight);
+    if constexpr (kRight < 0) return _mm256_slli_epi32(v, -kRight);
+    return v;
+  }
+  template <uint32_t kMask>
+  static ONNXQ_INLINE Bytes And(Bytes v) {
+    if constexpr (kMask == 0xffffffffu) return v;
+    return _mm256_and_si256(v, _mm256_set1_epi32(int(kMask)));
+  }
+  static ONNXQ_INLINE Bytes Or(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+  static ONNXQ_INLINE Bytes Quad(const int8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, sizeof quad);
+    return _mm256_set1_epi32(quad);
+  }
+
+  static ONNXQ_INLINE Partial ZeroPartial() { return _mm256_setzero_si256(); }
+  static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad));
+  }
+  static ONNXQ_INLINE Ints ZeroInts() { return _mm256_setzero_si256(); }
+  template <int kWeight>
+  static ONNXQ_INLINE Ints Collect(Ints total, Partial sum) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(kWeight)));
+  }
+  static ONNXQ_INLINE Ints AsInts(Bytes v) { return v; }
+
+  static ONNXQ_INLINE Floats ZeroFloats() { return _mm256_setzero_ps(); }
+  static ONNXQ_INLINE Floats Broadcast(float v) { return _mm256_set1_ps(v); }
+  static ONNXQ_INLINE Floats ToFloats(Ints v) { return _mm256_cvtepi32_ps(v); }
+  static ONNXQ_INLINE Floats LoadFloats(const float* p) { return _mm256_loadu_ps(p); }
+  static ONNXQ_INLINE void StoreFloats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static ONNXQ_INLINE Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static ONNXQ_INLINE Floats Sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static ONNXQ_INLINE Floats Mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static ONNXQ_INLINE Floats MulAdd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
+  static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
+
+  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 top = _mm256_set1_ps(largest);
+    __m256 bad = _mm256_set1_ps(poison);
+    for (int i = 0; i < 32; i += kLanes) {
+      const __m256 v = _mm256_loadu_ps(x + i);
+      top = _mm256_max_ps(_mm256_andnot_ps(sign, v), top);
+      bad = _mm256_fmadd_ps(v, _mm256_setzero_ps(), bad);
+    }
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    largest = _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+    __m128 p = _mm_add_ps(_mm256_castps256_ps128(bad), _mm256_extractf128_ps(bad, 1));
+    p = _mm_add_ps(p, _mm_movehl_ps(p, p));
+    poison = _mm_cvtss_f32(_mm_add_ss(p, _mm_shuffle_ps(p, p, 1)));
+  }
+  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+    const __m256 by = _mm256_set1_ps(inverse);
+    const auto round = [&](int at) ONNXQ_INLINE_LAMBDA {
+      return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + at), by));
+    };
+    const __m256i low = _mm256_packs_epi32(round(0), round(8));
+    const __m256i high = _mm256_packs_epi32(round(16), round(24));
+    // The two packs leave groups of four in the order 0 2 4 6 1 3 5 7.
+    const __m256i bytes =
+        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+};

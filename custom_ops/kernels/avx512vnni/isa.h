@@ -1,0 +1,84 @@
+// AVX-512 F/BW/VL/VNNI as a vector trait. Included inside an anonymous namespace.
+
+struct Isa {
+  using Bytes = __m512i;
+  using Ints = __m512i;
+  using Partial = __m512i;  // vpdpbusd adds straight into int32
+  using Floats = __m512;
+
+  static constexpr int kLanes = 16;
+  static constexpr int kDirectBits = 8;
+  static constexpr int kGemvVectors = 2;
+  static constexpr int kGemmRows = 8;  // 8 x 2 sums leave half of the registers to the compiler
+  static constexpr int kGemmVectors = 2;
+  static constexpr int kFloatRows = 12;
+  static constexpr int kFloatVectors = 2;
+  static constexpr int Depth(int) { return 32; }  // int32 sums outlast any segment
+
+  static ONNXQ_INLINE Bytes ZeroBytes() { return _mm512_setzero_si512(); }
+  static ONNXQ_INLINE Bytes Load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static ONNXQ_INLINE void Store(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+  template <int kRight>
+  static ONNXQ_INLINE Bytes Shift(Bytes v) {
+    if constexpr (kRight > 0) return _mm512_srli_epi32(v, kRight);
+    if constexpr (kRight < 0) return _mm512_slli_epi32(v, -kRight);
+    return v;
+  }
+  template <uint32_t kMask>
+  static ONNXQ_INLINE Bytes And(Bytes v) {
+    if constexpr (kMask == 0xffffffffu) return v;
+    return _mm512_and_si512(v, _mm512_set1_epi32(int(kMask)));
+  }
+  static ONNXQ_INLINE Bytes Or(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+  static ONNXQ_INLINE Bytes Quad(const int8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, sizeof quad);
+    return _mm512_set1_epi32(quad);
+  }
+
+  static ONNXQ_INLINE Partial ZeroPartial() { return _mm512_setzero_si512(); }
+  static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
+    return _mm512_dpbusd_epi32(sum, codes, quad);
+  }
+  static ONNXQ_INLINE Ints ZeroInts() { return _mm512_setzero_si512(); }
+  template <int kWeight>
+  static ONNXQ_INLINE Ints Collect(Ints total, Partial sum) {
+    static_assert(kWeight == 1, "one limb holds every code");
+    return _mm512_add_epi32(total, sum);
+  }
+  static ONNXQ_INLINE Ints AsInts(Bytes v) { return v; }
+
+  static ONNXQ_INLINE Floats ZeroFloats() { return _mm512_setzero_ps(); }
+  static ONNXQ_INLINE Floats Broadcast(float v) { return _mm512_set1_ps(v); }
+  static ONNXQ_INLINE Floats ToFloats(Ints v) { return _mm512_cvtepi32_ps(v); }
+  static ONNXQ_INLINE Floats LoadFloats(const float* p) { return _mm512_loadu_ps(p); }
+  static ONNXQ_INLINE void StoreFloats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static ONNXQ_INLINE Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static ONNXQ_INLINE Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static ONNXQ_INLINE Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static ONNXQ_INLINE Floats MulAdd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+  static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+
+  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
+    const __m512 a = _mm512_loadu_ps(x);
+    const __m512 b = _mm512_loadu_ps(x + kLanes);
+    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    largest = top > largest ? top : largest;
+    poison += _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_add_ps(a, b), _mm512_setzero_ps()));
+  }
+  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+    const __m512 by = _mm512_set1_ps(inverse);
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by));
+    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + kLanes), by));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + kLanes), _mm512_cvtsepi32_epi8(high));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+  }
+};

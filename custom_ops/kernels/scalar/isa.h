@@ -1,0 +1,102 @@
+// Plain C++ as a vector trait of four lanes, on the compiler's own portable vectors: they become SSE2 on
+// x86-64 and NEON on Arm, and compile quickly. Included inside an anonymous namespace.
+
+using Unsigned4 = uint32_t __attribute__((vector_size(16)));
+using Int4 = int32_t __attribute__((vector_size(16)));
+using Float4 = float __attribute__((vector_size(16)));
+
+template <class T>
+ONNXQ_INLINE T LoadAs(const void* p) {
+  T v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+struct Isa {
+  using Bytes = Unsigned4;
+  using Ints = Int4;
+  using Partial = Int4;
+  using Floats = Float4;
+
+  static constexpr int kLanes = 4;
+  static constexpr int kDirectBits = 8;
+  static constexpr int kGemvVectors = 2;
+  static constexpr int kGemmRows = 2;
+  static constexpr int kGemmVectors = 2;
+  static constexpr int kFloatRows = 4;
+  static constexpr int kFloatVectors = 2;
+  static constexpr int Depth(int) { return 32; }
+
+  static ONNXQ_INLINE Bytes ZeroBytes() { return Bytes{}; }
+  static ONNXQ_INLINE Bytes Load(const uint8_t* p) { return LoadAs<Bytes>(p); }
+  static ONNXQ_INLINE void Store(uint8_t* p, Bytes v) { __builtin_memcpy(p, &v, sizeof v); }
+  template <int kRight>
+  static ONNXQ_INLINE Bytes Shift(Bytes v) {
+    if constexpr (kRight >= 0)
+      return v >> kRight;
+    else
+      return v << -kRight;
+  }
+  template <uint32_t kMask>
+  static ONNXQ_INLINE Bytes And(Bytes v) {
+    return v & kMask;
+  }
+  static ONNXQ_INLINE Bytes Or(Bytes a, Bytes b) { return a | b; }
+  static ONNXQ_INLINE Bytes Quad(const int8_t* p) { return Bytes{} + LoadAs<uint32_t>(p); }
+
+  static ONNXQ_INLINE Partial ZeroPartial() { return Partial{}; }
+  static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
+    // The shift up and the arithmetic shift down give each input its sign.
+    sum += Ints(codes & 255u) * (Ints(quad << 24) >> 24);
+    sum += Ints(codes >> 8 & 255u) * (Ints(quad << 16) >> 24);
+    sum += Ints(codes >> 16 & 255u) * (Ints(quad << 8) >> 24);
+    return sum + Ints(codes >> 24) * (Ints(quad) >> 24);
+  }
+  static ONNXQ_INLINE Ints ZeroInts() { return Ints{}; }
+  template <int kWeight>
+  static ONNXQ_INLINE Ints Collect(Ints total, Partial sum) {
+    return total + kWeight * sum;
+  }
+  static ONNXQ_INLINE Ints AsInts(Bytes v) { return Ints(v); }
+
+  static ONNXQ_INLINE Floats ZeroFloats() { return Floats{}; }
+  static ONNXQ_INLINE Floats Broadcast(float v) { return Floats{v, v, v, v}; }
+  static ONNXQ_INLINE Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
+  static ONNXQ_INLINE Floats LoadFloats(const float* p) { return LoadAs<Floats>(p); }
+  static ONNXQ_INLINE void StoreFloats(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+  static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
+    return Floats{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
+  }
+  static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
+    return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+  }
+  static ONNXQ_INLINE Floats Add(Floats a, Floats b) { return a + b; }
+  static ONNXQ_INLINE Floats Sub(Floats a, Floats b) { return a - b; }
+  static ONNXQ_INLINE Floats Mul(Floats a, Floats b) { return a * b; }
+  static ONNXQ_INLINE Floats MulAdd(Floats a, Floats b, Floats c) { return a * b + c; }
+  static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return a * b - c; }
+  static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return c - a * b; }
+
+  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
+    for (int i = 0; i < 32; ++i) {
+      const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
+      largest = magnitude > largest ? magnitude : largest;
+      poison += x[i] * 0.0f;
+    }
+  }
+  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+    // Adding and taking off 1.5 * 2**23 leaves the nearest whole number, halves to even.
+    constexpr float kRound = 12582912.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) {
+      const float scaled = x[i] * inverse;
+      // NaN becomes 0 here: NaN and infinite inputs reach the output through the scale.
+      const float known = scaled == scaled ? scaled : 0.0f;
+      const float clamped = known > 127.0f ? 127.0f : known < -127.0f ? -127.0f : known;
+      const float rounded = (clamped + kRound) - kRound;
+      codes[i] = int8_t(rounded);
+      sum += codes[i];
+    }
+    return sum;
+  }
+};
