@@ -37,15 +37,15 @@ SOURCES = pyproject.toml constraints.txt $(shell git ls-files custom_ops)
 
 # Editable, so that tests and demo see the sources as they are; the kernel library is compiled once.
 $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
-	$(INSTALL) --editable '.[cpu,export]'
+	$(INSTALL) --editable '.[export]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python $(SOURCES)
-	$(INSTALL) --editable '.[cpu,export,test]'
+	$(INSTALL) --editable '.[export,test]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.lint: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --editable '.[cpu,test,lint]'
+	$(INSTALL) --editable '.[test,lint]'
 	touch $@
 
 clean:

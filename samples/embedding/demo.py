@@ -2,9 +2,10 @@
 
     python -m samples.embedding.demo [--folder DIR] [--sentences 500] [--threads 1]
 
-Prints a table: bytes on disk, how near the embeddings of held-out sentences are to those of the float model (cosine, and
-rank correlation of the similarities of sentence pairs), and latency with the kernel library, on stock ONNX Runtime (the
-same file, through its function bodies) and as `--target stock`. Latencies are medians of interleaved runs.
+Prints a table: bytes on disk, how near the embeddings of held-out sentences are to those of the float model
+(cosine, and rank correlation of the similarities of sentence pairs), and latency with the kernel library, on stock
+ONNX Runtime (the same file, through its function bodies) and as `--target stock`. Latencies are medians of
+interleaved runs.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def main(
 def show(rows: list[Row], sentences: int, threads: int) -> None:
     """Prints the table."""
     table = Table(
-        title=f"MiniLM-L6-v2, {sentences} held-out sentences; latency of {LATENCY_SENTENCES} x {LATENCY_TOKENS} tokens, "
-        f"{threads} thread(s), median of {ROUNDS}"
+        title=f"MiniLM-L6-v2, {sentences} held-out sentences; latency of {LATENCY_SENTENCES} x {LATENCY_TOKENS} "
+        f"tokens, {threads} thread(s), median of {ROUNDS}"
     )
     for heading in ("model", "bytes on disk", "cosine", "Spearman", "library ms", "stock ms"):
         table.add_column(heading, justify="left" if heading == "model" else "right")

@@ -54,7 +54,7 @@ class Weight:
         row, low = 0, 0
         for width in plane_widths(self.bits):
             plane = (codes >> low) & ((1 << width) - 1)
-            # [tile, n, block, quad, j]
+            # axes: tile, n, block, quad, j
             quads = plane.reshape(tiles, TILE, blocks, 8, 4)
             fields = 8 // width
             for v in range(width):
