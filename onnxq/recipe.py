@@ -56,8 +56,8 @@ class GridSpec:
     Attributes:
         bits: 1 to 8.
         group_size: weights along K that share a step: a multiple of 32, or "column".
-        zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is midrise at 1 and 2 bits and per-group
-            above, and with target "stock" the nearest that stock ONNX Runtime can hold.
+        zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is the better of midrise and integer at 1 and
+            2 bits and per-group above, and with target "stock" what stock ONNX Runtime can hold.
     """
 
     bits: int = 4
@@ -71,17 +71,21 @@ class GridSpec:
         whole = size == "column" or (isinstance(size, int) and size >= 32 and size % 32 == 0)
         _require(whole, f'group_size is {self.group_size}; it must be a multiple of 32, or "column"')
 
-    def format(self, target: str) -> UniformFormat:
-        """The format that the grid names."""
+    def formats(self, target: str) -> tuple[UniformFormat, ...]:
+        """The formats that the grid allows, all at one price; the solver keeps the one with the least loss."""
         group = None if self.group_size == "column" else self.group_size
-        return UniformFormat(self.bits, group, self._zero_point(target))
+        return tuple(UniformFormat(self.bits, group, zero_point) for zero_point in self._zero_points(target))
 
-    def _zero_point(self, target: str) -> ZeroPoint:
+    def _zero_points(self, target: str) -> tuple[ZeroPoint, ...]:
         if self.zero_point != "auto":
-            return ZeroPoint(self.zero_point)
+            return (ZeroPoint(self.zero_point),)
         if target == "stock" and self.bits in (2, 4, 8):
-            return ZeroPoint.PER_GROUP_INTEGER if self.bits == 8 else ZeroPoint.INTEGER
-        return ZeroPoint.MIDRISE if self.bits <= 2 else ZeroPoint.PER_GROUP
+            return (ZeroPoint.PER_GROUP_INTEGER if self.bits == 8 else ZeroPoint.INTEGER,)
+        if self.bits > 2:
+            return (ZeroPoint.PER_GROUP,)
+        # Levels about zero are best for most weights, but where one input is far louder than the others
+        # its weight sets the step, and then only a grid that has zero can leave the others small.
+        return ZeroPoint.MIDRISE, ZeroPoint.INTEGER
 
 
 @dataclasses.dataclass(frozen=True)

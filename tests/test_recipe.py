@@ -142,15 +142,17 @@ def test_stock_takes_whole_zero_points_only(place: str, fractional: str) -> None
 
 
 def test_auto_zero_points_depend_on_width_and_target() -> None:
-    kinds = {bits: GridSpec(bits).format("kernel").zero_point for bits in range(1, 9)}
+    kinds = {bits: GridSpec(bits).formats("kernel")[0].zero_point for bits in range(1, 9)}
     assert kinds == {bits: ZeroPoint.MIDRISE if bits <= 2 else ZeroPoint.PER_GROUP for bits in range(1, 9)}
-    assert all(GridSpec(bits).format("stock").zero_point.whole for bits in (2, 4, 8))
-    assert GridSpec(4, zero_point="midrise").format("kernel").zero_point is ZeroPoint.MIDRISE
+    assert all(GridSpec(bits).formats("stock")[0].zero_point.whole for bits in (2, 4, 8))
+    (midrise,) = GridSpec(4, zero_point="midrise").formats("kernel")
+    assert midrise.zero_point is ZeroPoint.MIDRISE
+    assert [format.zero_point for format in GridSpec(2).formats("kernel")] == [ZeroPoint.MIDRISE, ZeroPoint.INTEGER]
 
 
 def test_a_column_is_no_group_size() -> None:
-    assert GridSpec(4, "column").format("kernel").group_size is None
-    assert GridSpec(4, 96).format("kernel").group_size == 96
+    assert GridSpec(4, "column").formats("kernel")[0].group_size is None
+    assert GridSpec(4, 96).formats("kernel")[0].group_size == 96
 
 
 def test_the_first_matching_rule_decides() -> None:

@@ -81,7 +81,7 @@ def fit_budget(
         groups.append((linear, int(budget.bits * _elements(linear)), ""))
     if budget.table_bits is not None:
         groups.append((tables, int(budget.table_bits * _elements(tables)), ""))
-    chosen: dict[str, UniformFormat] = {}
+    chosen: dict[str, tuple[UniformFormat, ...]] = {}
     for items, bits, remark in groups:
         if not items:
             continue
@@ -92,14 +92,14 @@ def fit_budget(
             progress.advance(1, item.weight.name)
         chosen |= _allocate(curves, bits, remark, budget)
     planned = tuple(
-        dataclasses.replace(item, format=chosen.get(item.weight.name, item.format)) for item in plan.planned
+        dataclasses.replace(item, formats=chosen.get(item.weight.name, item.formats)) for item in plan.planned
     )
     return dataclasses.replace(plan, planned=planned)
 
 
 def _allocate(
-    curves: dict[str, list[Point[UniformFormat]]], bits: int, remark: str, budget: Budget
-) -> dict[str, UniformFormat]:
+    curves: dict[str, list[Point[tuple[UniformFormat, ...]]]], bits: int, remark: str, budget: Budget
+) -> dict[str, tuple[UniformFormat, ...]]:
     try:
         picks = allocate(curves, bits)
     except BudgetError as error:
@@ -118,7 +118,7 @@ def _elements(items: Sequence[Planned]) -> int:
     return sum(item.weight.batch * item.weight.n * item.weight.k for item in items)
 
 
-def _curve(item: Planned, recipe: Recipe, statistics: Collected | None) -> list[Point[UniformFormat]]:
+def _curve(item: Planned, recipe: Recipe, statistics: Collected | None) -> list[Point[tuple[UniformFormat, ...]]]:
     weight = item.weight
     rows = weight.batch * weight.n
     picked = np.unique(np.linspace(0, rows - 1, min(rows, _CURVE_ROWS)).astype(int))
@@ -126,13 +126,14 @@ def _curve(item: Planned, recipe: Recipe, statistics: Collected | None) -> list[
     seen = None if statistics is None else statistics_of(weight, statistics)
     importance = None if seen is None else seen.diagonal
     energy = _energy(sample, importance)
-    group = item.format.group_size
+    group = item.formats[0].group_size
     points = []
     for bits in _STOCK_WIDTHS if recipe.target == "stock" else WIDTHS:
-        format = GridSpec(bits, "column" if group is None else group).format(recipe.target)
-        error = _energy(sample - nearest(sample, format, importance).dequantize(), importance)
-        cost = weight.batch * format.cost_bits(weight.n, weight.k)
-        points.append(Point(cost, error / energy if energy else 0.0, format))
+        formats = GridSpec(bits, "column" if group is None else group).formats(recipe.target)
+        rounded = (nearest(sample, format, importance).dequantize() for format in formats)
+        error = min(_energy(sample - decoded, importance) for decoded in rounded)
+        cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
+        points.append(Point(cost, error / energy if energy else 0.0, formats))
     return points
 
 

@@ -19,14 +19,14 @@ class Planned:
 
     Attributes:
         weight: where it is.
-        format: how it will be stored.
+        formats: how it may be stored, all at one price; the one with the least loss is kept.
         solver: what will choose the codes.
         accuracy_level: activations of its products, as in MatMulNBits.
         note: what the report should say of the plan, or empty.
     """
 
     weight: Weight
-    format: UniformFormat
+    formats: tuple[UniformFormat, ...]
     solver: SolverSpec
     accuracy_level: int
     note: str = ""
@@ -34,7 +34,12 @@ class Planned:
     @property
     def cost_bits(self) -> int:
         """Exact price of the whole stack, in bits."""
-        return self.weight.batch * self.format.cost_bits(self.weight.n, self.weight.k)
+        return self.weight.batch * self.formats[0].cost_bits(self.weight.n, self.weight.k)
+
+    @property
+    def label(self) -> str:
+        """The formats in words."""
+        return " or ".join(format.label() for format in self.formats)
 
     @property
     def statistics_level(self) -> Level:
@@ -109,7 +114,7 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool) -> Planned | str:
         # How often a row is looked up scales its whole error and moves no optimum: nearest is right for tables.
         solver = dataclasses.replace(solver, name="nearest")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
-    planned = Planned(weight, grid.format(recipe.target), solver, level)
+    planned = Planned(weight, grid.formats(recipe.target), solver, level)
     if planned.cost_bits >= 8 * weight.bytes:
-        return f"{planned.format.label()} would take {planned.cost_bits // 8} bytes, no fewer than it has"
+        return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from onnxq.calibration import Collected, InputStatistics
-from onnxq.formats.uniform import UniformEncoding
+from onnxq.formats.uniform import UniformEncoding, UniformFormat
 from onnxq.graph import Weight
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.resume import ResumeStore
+from onnxq.recipe import SolverSpec
 from onnxq.solvers.error_feedback import Order, error_feedback
 from onnxq.solvers.loss import relative_error, relative_proxy_loss
 from onnxq.solvers.nearest import nearest
@@ -53,27 +54,25 @@ def solve_weight(planned: Planned, statistics: InputStatistics | None, store: Re
     """
     weight, spec = planned.weight, planned.solver
     note = ""
-    uses_moment = spec.name == "error-feedback"
-    if uses_moment and (statistics is None or statistics.second_moment is None):
-        uses_moment = False
-        if "linear" in weight.kinds:
-            note = "rounded to nearest: calibration saw no input of it"
+    moment = None if statistics is None else statistics.second_moment
+    if spec.name == "error-feedback" and moment is None:
+        spec = dataclasses.replace(spec, name="nearest")
+        note = "rounded to nearest: calibration saw no input of it"
     encodings, changed, total, losses = [], 0.0, 0.0, []
     for name, member in _members(weight):
         encoding = store.load(name)
-        if encoding is None or encoding.format != planned.format:
-            encoding = _encode(member, planned, statistics, uses_moment)
+        if encoding is None or encoding.format not in planned.formats:
+            encoding = _best(member, planned.formats, spec, statistics)
             store.save(name, encoding)
         decoded = encoding.dequantize()
         energy = float(np.vdot(member, member))
         changed += relative_error(member, decoded) * energy if energy else 0.0
         total += energy
-        if statistics is not None and statistics.second_moment is not None:
-            losses.append(relative_proxy_loss(member, decoded, statistics.second_moment))
+        if moment is not None:
+            losses.append(relative_proxy_loss(member, decoded, moment))
         encodings.append(encoding)
-    solver = spec.name if uses_moment else "nearest"
     loss = float(np.mean(losses)) if losses else None
-    return Solved(tuple(encodings), solver, changed / total if total else 0.0, loss, note)
+    return Solved(tuple(encodings), spec.name, changed / total if total else 0.0, loss, note)
 
 
 def _members(weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
@@ -82,23 +81,43 @@ def _members(weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
         yield name, weight.rows(index * weight.n, (index + 1) * weight.n)
 
 
-def _encode(
-    member: np.ndarray, planned: Planned, statistics: InputStatistics | None, uses_moment: bool
+def _best(
+    member: np.ndarray, formats: Sequence[UniformFormat], spec: SolverSpec, statistics: InputStatistics | None
 ) -> UniformEncoding:
-    if uses_moment:
-        assert statistics is not None
-        assert statistics.second_moment is not None
-        spec = planned.solver
-        return error_feedback(
-            member,
-            planned.format,
-            statistics.second_moment,
-            damping=spec.damping,
-            order=Order(spec.order),
-            refit=spec.refit,
-            sweeps=spec.sweeps,
-        )
-    return nearest(member, planned.format, None if statistics is None else statistics.diagonal)
+    """The encoding with the least loss among formats of one price."""
+    encodings = [_encode(member, format, spec, statistics) for format in formats]
+    if len(encodings) == 1:
+        return encodings[0]
+    return min(encodings, key=lambda encoding: _loss(member, encoding, statistics))
+
+
+def _encode(
+    member: np.ndarray, format: UniformFormat, spec: SolverSpec, statistics: InputStatistics | None
+) -> UniformEncoding:
+    if spec.name == "nearest":
+        return nearest(member, format, None if statistics is None else statistics.diagonal)
+    assert statistics is not None
+    assert statistics.second_moment is not None
+    return error_feedback(
+        member,
+        format,
+        statistics.second_moment,
+        damping=spec.damping,
+        order=Order(spec.order),
+        refit=spec.refit,
+        sweeps=spec.sweeps,
+    )
+
+
+def _loss(member: np.ndarray, encoding: UniformEncoding, statistics: InputStatistics | None) -> float:
+    """The best measure of the output's error that the statistics allow."""
+    decoded = encoding.dequantize()
+    if statistics is None:
+        return relative_error(member, decoded)
+    if statistics.second_moment is None:
+        root = np.sqrt(statistics.diagonal)
+        return relative_error(member * root, decoded * root)
+    return relative_proxy_loss(member, decoded, statistics.second_moment)
 
 
 def dequantized_roots(weight: Weight, encodings: Sequence[UniformEncoding]) -> dict[str, np.ndarray]:

@@ -120,6 +120,24 @@ def test_sequential_statistics_come_from_quantised_predecessors(source: Path, da
     assert plain["fc2.weight.packed"] != sequence["fc2.weight.packed"]
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("levels", "chosen"), [((-1.5, -0.5, 0.5, 1.5), "midrise"), ((-2.0, -1.0, 0.0, 1.0), "integer")]
+)
+def test_two_bits_take_the_grid_that_fits(
+    levels: tuple[float, ...], chosen: str, calibrated: bool, data: Path, tmp_path: Path
+) -> None:
+    proto = stack(1)
+    on_levels = np.random.default_rng(0).choice(levels, (64, 64)).astype(np.float32) / 8
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(on_levels, "fc0.weight"))
+    source = models.save(proto, tmp_path / "levels.onnx")
+    (record,) = onnxq.quantize(
+        source, tmp_path / "s.onnx", recipe=with_bits(2), calibration=data if calibrated else None
+    ).weights
+    assert record.format == f"uniform 2-bit g64 {chosen}"
+    assert record.relative_error == pytest.approx(0, abs=1e-6)
+
+
 def test_without_data_the_report_says_what_is_lost(source: Path, tmp_path: Path) -> None:
     report = onnxq.quantize(source, tmp_path / "small.onnx", recipe=SMALL)
     assert any("no calibration data" in note for note in report.notes)
