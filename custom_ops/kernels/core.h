@@ -94,6 +94,11 @@ struct Limbs {
                 "a flush belongs to a block or a segment");
 };
 
+/// Whether several rows multiply codes this wide in 16 bits: there, a byte product would have to be moved on
+/// each time.
+template <int Bits>
+constexpr bool kWide = Bits >= Isa::kWideBits;
+
 ONNXQ_INLINE float SharedZero(const Weight& w) { return float(w.zeros[0]) / float(1 << (8 - w.bits)); }
 
 /// Writes gain * acc + bias for the outputs of one tile that exist.
@@ -237,6 +242,7 @@ constexpr int kChunkBlocks = 16;  // 512 inputs: 16 KiB of unpacked codes stay i
 constexpr int kMaxLimbs = 2;
 
 struct Int8Stripe {
+  /// Limbs, or codes of even and odd inputs as 16 bits (kWide).
   alignas(64) uint8_t codes[kMaxLimbs][kChunkBlocks * kBlockDepth * kTileOutputs];
   alignas(64) float scales[kChunkBlocks][kTileOutputs];
   alignas(64) float zeros[kChunkBlocks][kTileOutputs];  // scale * zero point
@@ -252,13 +258,19 @@ void UnpackStripe(const Weight& w, int64_t tile, int64_t s_begin, int64_t s_end,
     const int64_t to = (b - b_begin) * kQuads * kRowBytes;
     for (int i = 0; i < kTileVectors; ++i) {
       Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
-        Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
-          constexpr int q = decltype(index)::value;
-          constexpr int l = decltype(limb)::value;
-          constexpr int width = L::kCount == 1 ? Bits : (l == 0 ? 4 : Bits - 4);
-          Isa::Store(stripe.codes[l] + to + q * kRowBytes + i * kVectorBytes,
-                     Codes<Bits, 4 * l, width, q>(block + i * kVectorBytes));
-        });
+        constexpr int q = decltype(index)::value;
+        const int64_t at = to + q * kRowBytes + i * kVectorBytes;
+        if constexpr (kWide<Bits>) {
+          const Isa::Bytes code = Codes<Bits, 0, Bits, q>(block + i * kVectorBytes);
+          Isa::Store(stripe.codes[0] + at, Isa::template And<0x00ff00ffu>(code));
+          Isa::Store(stripe.codes[1] + at, Isa::template And<0x00ff00ffu>(Isa::template Shift<8>(code)));
+        } else {
+          Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
+            constexpr int l = decltype(limb)::value;
+            constexpr int width = L::kCount == 1 ? Bits : (l == 0 ? 4 : Bits - 4);
+            Isa::Store(stripe.codes[l] + at, Codes<Bits, 4 * l, width, q>(block + i * kVectorBytes));
+          });
+        }
       });
     }
   }
@@ -283,6 +295,24 @@ ONNXQ_INLINE void EachSum(const F& f) {
   Unroll<Rows>([&](auto row) ONNXQ_INLINE_LAMBDA {
     Unroll<Vectors>([&](auto vector)
                         ONNXQ_INLINE_LAMBDA { f(decltype(row)::value, decltype(vector)::value); });
+  });
+}
+
+/// Takes the integer sums of one segment into sums [Rows][32]: scales, and zero points by the sum of the
+/// inputs.
+template <int Rows>
+ONNXQ_INLINE void AddSegment(const Isa::Ints (&total)[Rows][Isa::kGemmVectors], const Weight& w,
+                             const Int8Stripe& stripe, int64_t s, int64_t s_begin, const QuantizedRows& rows,
+                             int64_t row, int first, float* sums) {
+  EachSum<Rows, Isa::kGemmVectors>([&](int r, int i) ONNXQ_INLINE_LAMBDA {
+    const int64_t side = (row + r) * w.segment_count + s;
+    const int at = (first + i) * Isa::kLanes;
+    float* to = sums + r * kTileOutputs + at;
+    Isa::Floats acc = Isa::NegMulAdd(Isa::Broadcast(rows.scaled_sum[side]),
+                                     Isa::LoadFloats(stripe.zeros[s - s_begin] + at), Isa::LoadFloats(to));
+    acc = Isa::MulAdd(Isa::Mul(Isa::ToFloats(total[r][i]), Isa::Broadcast(rows.scales[side])),
+                      Isa::LoadFloats(stripe.scales[s - s_begin] + at), acc);
+    Isa::StoreFloats(to, acc);
   });
 }
 
@@ -336,17 +366,54 @@ ONNXQ_NOINLINE void Int8Rows(const Weight& w, const Int8Stripe& stripe, int64_t 
         }
         if constexpr (Depth > kQuads) flush();
       });
-      EachSum<Rows, kVectors>([&](int r, int i) ONNXQ_INLINE_LAMBDA {
-        const int64_t side = (row + r) * w.segment_count + s;
-        const int at = (first + i) * Isa::kLanes;
-        float* to = sums + r * kTileOutputs + at;
-        Isa::Floats acc =
-            Isa::NegMulAdd(Isa::Broadcast(rows.scaled_sum[side]),
-                           Isa::LoadFloats(stripe.zeros[s - s_begin] + at), Isa::LoadFloats(to));
-        acc = Isa::MulAdd(Isa::Mul(Isa::ToFloats(total[r][i]), Isa::Broadcast(rows.scales[side])),
-                          Isa::LoadFloats(stripe.scales[s - s_begin] + at), acc);
-        Isa::StoreFloats(to, acc);
-      });
+      AddSegment<Rows>(total, w, stripe, s, s_begin, rows, row, first, sums);
+    }
+  }
+}
+
+/// The same for codes that are multiplied in 16 bits, whose products need no limbs and no moving on. `I` is
+/// Isa, as a parameter, because only a trait with kWideBits in reach has what this needs.
+template <int Rows, class I = Isa>
+ONNXQ_NOINLINE void WideRows(const Weight& w, const Int8Stripe& stripe, int64_t s_begin, int64_t s_end,
+                             const QuantizedRows& rows, int64_t row, float* sums) {
+  constexpr int kVectors = Isa::kGemmVectors;
+  // Inputs 0 and 2, and inputs 1 and 3, of every quad as a pair of int16.
+  alignas(64) int32_t even[Rows][kChunkBlocks * kQuads];
+  alignas(64) int32_t odd[Rows][kChunkBlocks * kQuads];
+  const int64_t row_bytes = w.blocks * kBlockDepth;
+  const int64_t b_begin = w.segments[s_begin].block;
+  const int64_t blocks = w.segments[s_end - 1].block + w.segments[s_end - 1].blocks - b_begin;
+  for (int r = 0; r < Rows; ++r)
+    for (int64_t b = 0; b < blocks; ++b)
+      I::Widen32(rows.codes + (row + r) * row_bytes + (b_begin + b) * kBlockDepth, even[r] + b * kQuads,
+                 odd[r] + b * kQuads);
+  for (int64_t s = s_begin; s < s_end; ++s) {
+    const Segment& segment = w.segments[s];
+    for (int first = 0; first < kTileVectors; first += kVectors) {
+      Isa::Ints total[Rows][kVectors];
+      EachSum<Rows, kVectors>([&](int r, int i) ONNXQ_INLINE_LAMBDA { total[r][i] = Isa::ZeroInts(); });
+      int64_t quad = (segment.block - b_begin) * kQuads;
+      const int64_t end = quad + segment.blocks * kQuads;
+      for (; quad < end; ++quad) {
+        const auto half = [&](const auto& x, const uint8_t* codes) ONNXQ_INLINE_LAMBDA {
+          Isa::Bytes code[kVectors];
+          Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
+            constexpr int i = decltype(vector)::value;
+            code[i] = Isa::Load(codes + quad * kRowBytes + (first * kVectorBytes + i * kVectorBytes));
+          });
+          Unroll<Rows>([&](auto index_of_row) ONNXQ_INLINE_LAMBDA {
+            constexpr int r = decltype(index_of_row)::value;
+            const Isa::Bytes pair = I::Pair(x[r][quad]);
+            Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
+              constexpr int i = decltype(vector)::value;
+              total[r][i] = I::DotWide(total[r][i], code[i], pair);
+            });
+          });
+        };
+        half(even, stripe.codes[0]);
+        half(odd, stripe.codes[1]);
+      }
+      AddSegment<Rows>(total, w, stripe, s, s_begin, rows, row, first, sums);
     }
   }
 }
@@ -405,10 +472,15 @@ void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
     for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
       UnpackStripe<Bits>(w, tile, s_begin, s_end, stripe);
       for (int64_t row = range.row_begin; row < range.row_end;) {
-        WithCount<Isa::kGemmRows>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
+        constexpr int kRowsAtOnce = kWide<Bits> ? Isa::kWideRows : Isa::kGemmRows;
+        WithCount<kRowsAtOnce>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
           constexpr int kRows = decltype(count)::value;
           LoadSums(w, tile, kRows, s_begin == 0, y + row * w.outputs, sums);
-          Int8Rows<L::kCount, L::kDepth, kRows>(w, stripe, s_begin, s_end, rows, row, sums);
+          if constexpr (kWide<Bits>) {
+            WideRows<kRows>(w, stripe, s_begin, s_end, rows, row, sums);
+          } else {
+            Int8Rows<L::kCount, L::kDepth, kRows>(w, stripe, s_begin, s_end, rows, row, sums);
+          }
           StoreSums(w, tile, kRows, s_end == w.segment_count, sums, y + row * w.outputs);
           row += kRows;
         });

@@ -8,6 +8,8 @@ struct Isa {
 
   static constexpr int kLanes = 8;
   static constexpr int kDirectBits = 7;  // 255 * 127 * 2 would saturate maddubs
+  static constexpr int kWideBits = 8;    // there two limbs of maddubs cost more
+  static constexpr int kWideRows = 4;    // 4 x 2 sums: with more the compiler spills some of them
   static constexpr int kGemvVectors = 4;
   static constexpr int kGemmRows = 6;  // 6 x 2 sums, 2 codes, 1 quad, 1 product: all sixteen registers
   static constexpr int kGemmVectors = 2;
@@ -55,6 +57,17 @@ struct Isa {
     return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(kWeight)));
   }
   static ONNXQ_INLINE Ints AsInts(Bytes v) { return v; }
+
+  static ONNXQ_INLINE Bytes Pair(int32_t pair) { return _mm256_set1_epi32(pair); }
+  static ONNXQ_INLINE Ints DotWide(Ints sum, Bytes codes, Bytes pair) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, pair));
+  }
+  /// 32 int8 as int16: bytes 0 and 2 of each four to `even`, bytes 1 and 3 to `odd`.
+  static ONNXQ_INLINE void Widen32(const int8_t* x, int32_t* even, int32_t* odd) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), _mm256_srai_epi16(v, 8));
+  }
 
   static ONNXQ_INLINE Floats ZeroFloats() { return _mm256_setzero_ps(); }
   static ONNXQ_INLINE Floats Broadcast(float v) { return _mm256_set1_ps(v); }

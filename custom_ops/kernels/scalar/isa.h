@@ -20,6 +20,8 @@ struct Isa {
 
   static constexpr int kLanes = 4;
   static constexpr int kDirectBits = 8;
+  static constexpr int kWideBits = 9;  // never: sums are 32 bits wide
+  static constexpr int kWideRows = 1;
   static constexpr int kGemvVectors = 2;
   static constexpr int kGemmRows = 2;
   static constexpr int kGemmVectors = 2;
