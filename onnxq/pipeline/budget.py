@@ -133,6 +133,9 @@ def _curve(item: Planned, recipe: Recipe, statistics: Collected | None) -> list[
         rounded = (nearest(sample, format, importance).dequantize() for format in formats)
         error = min(_energy(sample - decoded, importance) for decoded in rounded)
         cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
+        if recipe.target == "stock":
+            # A form that stock ONNX Runtime reads from two places stores zero points that the format shares.
+            cost += rows * formats[0].groups(weight.k) * 8
         points.append(Point(cost, error / energy if energy else 0.0, formats))
     return points
 
