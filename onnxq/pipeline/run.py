@@ -142,9 +142,14 @@ def quantize(
         raise
     finally:
         progress.finish()
-    if size is not None and report.bytes > size:
-        raise BudgetError(f"{out} has {report.bytes} bytes, above the {size} asked for: please report this model.")
     store.discard()
+    if size is not None and report.bytes > size:
+        for written in (out, out.with_name(out.name + ".data")):
+            written.unlink(missing_ok=True)
+        raise BudgetError(
+            f"The written model came to {report.bytes:,} bytes, above the {size:,} asked for, and was removed: the "
+            "estimate of what is not weights was too low. Ask for a little less, and please report this model."
+        )
     return report
 
 
