@@ -379,7 +379,8 @@ def _report(
         bytes=written,
         version=__version__,
         recipe=job.recipe.to_dict(),
-        calibration="" if data is None else f"{data.samples} samples in {data.batches} batches of {data.name}",
+        # The name alone: a written model tells nothing of the machine it was made on.
+        calibration="" if data is None else f"{data.samples} samples of {Path(data.name).name}",
         weights=records,
         kept=job.plan.kept,
         notes=tuple(notes) + (() if data is None else (*data.notes, *data.casts)),
