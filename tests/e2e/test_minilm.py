@@ -12,9 +12,10 @@ from onnxq.calibration import CalibrationData, open_data, session_inputs
 from onnxq.evaluation.similarity import compare_embeddings, embed
 from onnxq.export import export
 from onnxq.graph import find_weights, load
-from tests.e2e.test_web import run_in_web, web
+from tests.e2e.test_web import web
 from tools.models import fetch
 from tools.packages import FetchError
+from tools.web import run
 
 pytestmark = pytest.mark.models
 __all__ = ["web"]
@@ -100,5 +101,5 @@ def test_the_file_runs_in_onnxruntime_web(four_bits: Path, web: Path) -> None:
     ids = np.array([[101, 7592, 2088, 1010, 2129, 2024, 2017, 102]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     expected = onnxq.session(four_bits, library=False).run(["last_hidden_state"], feeds)[0]
-    got = run_in_web(web, four_bits, feeds)["last_hidden_state"]
+    got = run(web, four_bits, feeds).outputs["last_hidden_state"]
     assert np.linalg.norm(got - expected) <= SAME_FILE_TWO_RUNTIMES * np.linalg.norm(expected)
