@@ -1,0 +1,134 @@
+// Products with float32 activations. Included by core.h, once per ISA, inside an anonymous namespace.
+
+template <int Bits>
+void GemvF32(const Weight& w, const float* x, const Range& range, float* y) {
+  constexpr int64_t kBlockBytes = int64_t(Bits) * kRowBytes;
+  const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
+  const Isa::Floats shared = Isa::Broadcast(w.shared_zero ? SharedZero(w) : 0.0f);
+  for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
+    alignas(64) float result[kTileOutputs];
+    const uint8_t* block = w.packed + tile * w.blocks * kBlockBytes;
+    Isa::Floats acc[kTileVectors];
+    for (int i = 0; i < kTileVectors; ++i) acc[i] = Isa::ZeroFloats();
+    for (int64_t b = 0; b < w.blocks;) {
+      const int64_t group = b / w.group_blocks;
+      const int64_t end = Min((group + 1) * w.group_blocks, w.blocks);
+      // Sums of code * x and of x; the zero point is taken off once a group.
+      Isa::Floats dot[kTileVectors];
+      Isa::Floats sum = Isa::ZeroFloats();
+      for (int i = 0; i < kTileVectors; ++i) dot[i] = Isa::ZeroFloats();
+      for (; b < end; ++b) {
+        Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
+          constexpr int q = decltype(index)::value;
+          const float* quad = x + b * kBlockDepth + 4 * q;
+          Unroll<4>([&](auto j) ONNXQ_INLINE_LAMBDA { sum = Isa::Add(sum, Isa::Broadcast(quad[j.value])); });
+          Unroll<kTileVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
+            constexpr int i = decltype(vector)::value;
+            FloatCodes<Bits, q>(block + i * kVectorBytes, [&](auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
+              dot[i] = Isa::MulAdd(codes, Isa::Broadcast(quad[j.value]), dot[i]);
+            });
+          });
+        });
+        block += kBlockBytes;
+      }
+      const int64_t side = (tile * w.groups + group) * kTileOutputs;
+      for (int i = 0; i < kTileVectors; ++i) {
+        const int64_t at = side + i * Isa::kLanes;
+        const Isa::Floats zero =
+            w.shared_zero ? shared : Isa::Mul(Isa::LoadByteFloats(w.zeros + at), fraction);
+        acc[i] = Isa::MulAdd(Isa::NegMulAdd(zero, sum, dot[i]), Isa::LoadHalfFloats(w.scales + at), acc[i]);
+      }
+    }
+    for (int i = 0; i < kTileVectors; ++i) Isa::StoreFloats(result + i * Isa::kLanes, acc[i]);
+    Finish(w, tile, result, y + range.row_begin * w.outputs);
+  }
+}
+
+constexpr int kFloatChunkBlocks = 8;  // 256 inputs: a panel of 16 outputs takes 16 KiB
+constexpr int kPanelOutputs = Isa::kFloatVectors * Isa::kLanes;
+constexpr int kPanels = kTileOutputs / kPanelOutputs;
+
+template <int Bits>
+void DequantizeStripe(const Weight& w, int64_t tile, int64_t b_begin, int64_t b_end, float* stripe) {
+  const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
+  const Isa::Floats shared = Isa::Broadcast(w.shared_zero ? SharedZero(w) : 0.0f);
+  for (int64_t b = b_begin; b < b_end; ++b) {
+    const int64_t side = (tile * w.groups + b / w.group_blocks) * kTileOutputs;
+    for (int i = 0; i < kTileVectors; ++i) {
+      const uint8_t* block = w.packed + (tile * w.blocks + b) * Bits * kRowBytes + i * kVectorBytes;
+      const int64_t at = side + i * Isa::kLanes;
+      const Isa::Floats scale = Isa::LoadHalfFloats(w.scales + at);
+      const Isa::Floats zero = w.shared_zero ? shared : Isa::Mul(Isa::LoadByteFloats(w.zeros + at), fraction);
+      const int panel = i / Isa::kFloatVectors;
+      float* to = stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs +
+                  (b - b_begin) * kBlockDepth * kPanelOutputs + (i % Isa::kFloatVectors) * Isa::kLanes;
+      Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
+        constexpr int q = decltype(index)::value;
+        FloatCodes<Bits, q>(block, [&](auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
+          Isa::StoreFloats(to + (4 * q + j.value) * kPanelOutputs, Isa::Mul(Isa::Sub(codes, zero), scale));
+        });
+      });
+    }
+  }
+}
+
+/// sums [Rows][32] += x [Rows, depth] (rows `stride` apart) times panel [depth][kPanelOutputs].
+template <int Rows>
+ONNXQ_NOINLINE void FloatRows(const float* x, int64_t stride, const float* panel, int64_t depth,
+                              float* sums) {
+  constexpr int kVectors = Isa::kFloatVectors;
+  Isa::Floats acc[Rows][kVectors];
+  EachSum<Rows, kVectors>([&](int r, int i) ONNXQ_INLINE_LAMBDA {
+    acc[r][i] = Isa::LoadFloats(sums + r * kTileOutputs + i * Isa::kLanes);
+  });
+  const auto step = [&](const float* x_at, const float* panel_at) ONNXQ_INLINE_LAMBDA {
+    Isa::Floats b[kVectors];
+    Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
+      constexpr int i = decltype(vector)::value;
+      b[i] = Isa::LoadFloats(panel_at + i * Isa::kLanes);
+    });
+    Unroll<Rows>([&](auto row) ONNXQ_INLINE_LAMBDA {
+      constexpr int r = decltype(row)::value;
+      const Isa::Floats a = Isa::Broadcast(x_at[r * stride]);
+      Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
+        constexpr int i = decltype(vector)::value;
+        acc[r][i] = Isa::MulAdd(a, b[i], acc[r][i]);
+      });
+    });
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4, x += 4, panel += 4 * kPanelOutputs)
+    Unroll<4>([&](auto j) ONNXQ_INLINE_LAMBDA {
+      step(x + decltype(j)::value, panel + decltype(j)::value * kPanelOutputs);
+    });
+  for (; k < depth; ++k, ++x, panel += kPanelOutputs) step(x, panel);
+  EachSum<Rows, kVectors>([&](int r, int i) ONNXQ_INLINE_LAMBDA {
+    Isa::StoreFloats(sums + r * kTileOutputs + i * Isa::kLanes, acc[r][i]);
+  });
+}
+
+template <int Bits>
+void GemmF32(const Weight& w, const float* x, const Range& range, float* y) {
+  alignas(64) float stripe[kFloatChunkBlocks * kBlockDepth * kTileOutputs];
+  alignas(64) float sums[Isa::kFloatRows * kTileOutputs];
+  for (int64_t b = 0; b < w.blocks; b += kFloatChunkBlocks) {
+    const int64_t b_end = Min(b + kFloatChunkBlocks, w.blocks);
+    const int64_t k = b * kBlockDepth;
+    const int64_t depth = Min(b_end * kBlockDepth, w.depth) - k;
+    for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
+      DequantizeStripe<Bits>(w, tile, b, b_end, stripe);
+      for (int64_t row = range.row_begin; row < range.row_end;) {
+        WithCount<Isa::kFloatRows>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
+          constexpr int kRows = decltype(count)::value;
+          LoadSums(w, tile, kRows, b == 0, y + row * w.outputs, sums);
+          for (int panel = 0; panel < kPanels; ++panel)
+            FloatRows<kRows>(x + row * w.depth + k, w.depth,
+                             stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs, depth,
+                             sums + panel * kPanelOutputs);
+          StoreSums(w, tile, kRows, b_end == w.blocks, sums, y + row * w.outputs);
+          row += kRows;
+        });
+      }
+    }
+  }
+}
