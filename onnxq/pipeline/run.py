@@ -128,7 +128,7 @@ def quantize(
         return _planned_report(job, out, started)
     key = {
         "source": file_identity(loaded.path),
-        "recipe": chosen.to_dict(),
+        "recipe": chosen.digest(),
         "budget": dataclasses.asdict(budget),
         "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
         "version": __version__,
