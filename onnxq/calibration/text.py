@@ -54,7 +54,7 @@ class TextSource(FeedSource):
         """
         by_name = {i.name: i for i in inputs}
         _check_buildable(path, inputs)
-        encoder, pad_id = _load_tokenizer(tokenizer)
+        encoder, pad_id = load_tokenizer(tokenizer)
         batch, fixed = _fixed_dims(by_name["input_ids"])
         if fixed is not None and max_length is not None and max_length > fixed:
             raise CalibrationError(
@@ -83,6 +83,18 @@ class TextSource(FeedSource):
             notes.append(f"the last {len(encodings) % batch} lines do not fill the fixed batch of {batch}: left out")
             encodings = encodings[: len(encodings) // batch * batch]
         return TextSource(str(path), tuple(inputs), encodings, pad_id, batch or batch_size, fixed, tuple(notes))
+
+    @staticmethod
+    def of_windows(windows: np.ndarray, name: str, inputs: Sequence[ModelInput], batch_size: int) -> TextSource:
+        """Token windows [windows, tokens] as a source; nothing is padded.
+
+        Raises:
+            CalibrationError: the model asks for inputs that tokens can't give.
+        """
+        _check_buildable(name, inputs)
+        batch, _ = _fixed_dims(next(i for i in inputs if i.name == "input_ids"))
+        encodings = tuple((row.astype(np.int64), np.zeros(row.shape, np.int64)) for row in windows)
+        return TextSource(name, tuple(inputs), encodings, 0, batch or batch_size, None, ())
 
     def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
         """As `FeedSource.feeds`; a batch is padded to its longest line."""
@@ -118,7 +130,7 @@ class TextSource(FeedSource):
         return feed
 
 
-def _check_buildable(path: Path, inputs: Sequence[ModelInput]) -> None:
+def _check_buildable(path: Path | str, inputs: Sequence[ModelInput]) -> None:
     if not any(i.name == "input_ids" for i in inputs):
         raise CalibrationError(
             f"{path} is text, but the model has no input named input_ids; it takes "
@@ -141,7 +153,12 @@ def _fixed_dims(input_ids: ModelInput) -> tuple[int | None, int | None]:
     return (batch if isinstance(batch, int) else None), (length if isinstance(length, int) else None)
 
 
-def _load_tokenizer(where: Path) -> tuple[Any, int]:
+def load_tokenizer(where: Path) -> tuple[Any, int]:
+    """A tokenizer from a folder with ``tokenizer.json`` or that file, and the token to pad with.
+
+    Raises:
+        CalibrationError: no such file, it can't be read, or the tokenizers library is missing.
+    """
     file = where / "tokenizer.json" if where.is_dir() else where
     if not file.is_file():
         raise CalibrationError(

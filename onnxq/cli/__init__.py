@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from onnxq.cli import bench, compare, doctor, export, inspect, quantize, recipes
+from onnxq.cli import bench, compare, doctor, evaluate, export, inspect, quantize, recipes
 from onnxq.cli.app import Commands, print_version
 
 app = typer.Typer(
     name="onnxq",
     cls=Commands,
-    help="Low-bit ONNX transformers: export, quantise, look inside, compare, time.",
+    help="Low-bit ONNX transformers: export, quantise, look inside, compare, evaluate, time.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,6 +23,7 @@ for _name, _module in (
     ("quantize", quantize),
     ("inspect", inspect),
     ("compare", compare),
+    ("eval", evaluate),
     ("bench", bench),
     ("doctor", doctor),
     ("recipes", recipes),
@@ -37,4 +38,4 @@ def _main(
         typer.Option("--version", callback=print_version, is_eager=True, help="Print versions and exit."),
     ] = False,
 ) -> None:
-    """Low-bit ONNX transformers: export, quantise, look inside, compare, time."""
+    """Low-bit ONNX transformers: export, quantise, look inside, compare, evaluate, time."""

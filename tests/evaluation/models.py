@@ -56,3 +56,53 @@ def feeds(batches: int = 3, batch: int = 4, tokens: int = 6) -> list[dict[str, n
         mask[::2, -2:] = 0
         made.append({"input_ids": ids * mask, "attention_mask": mask})
     return made
+
+
+VOCABULARY = ("[UNK]", "a", "b", "c", "d")
+
+
+def write_bigram_model(path: Path, table: np.ndarray, *, positions: bool = False) -> Path:
+    """A language model whose next token depends on the last one only: row i of `table` [V, V] are the logits after i.
+
+    Takes `attention_mask` too, and `position_ids` where asked for, and does nothing with them.
+    """
+    names = ["input_ids", "attention_mask", *(["position_ids"] if positions else [])]
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "input_ids"], ["logits"], name="look_up")],
+        "bigrams",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"]) for name in names],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "tokens", table.shape[1]])],
+        [onnx.numpy_helper.from_array(table.astype(np.float32), "table")],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def write_classifier(path: Path, *, batch: int | str = "batch", flip: float = 1.0) -> Path:
+    """`logits` [batch, 3] are the input `x` [batch, 3] times `flip`."""
+    shape = [batch, 3]
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "flip"], ["logits"], name="scale")],
+        "classifier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        [onnx.numpy_helper.from_array(np.float32(flip), "flip")],
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer whose tokens are the words of `VOCABULARY`; it would put "[UNK]" first."""
+    import tokenizers
+
+    built = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=VOCABULARY[0])
+    )
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    built.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[UNK] $A", special_tokens=[(VOCABULARY[0], 0)]
+    )
+    folder.mkdir()
+    built.save(str(folder / "tokenizer.json"))
+    return folder

@@ -130,6 +130,67 @@ def test_nested_archives_are_read(tmp_path: Path) -> None:
         packages.nested("package/none")(outer)
 
 
+def member(name: str, content: bytes) -> bytes:
+    """A member of an ar archive, padded to an even length."""
+    header = f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+    assert len(header) == 60
+    return header + content + b"\n" * (len(content) % 2)
+
+
+def deb_bytes(files: dict[str, bytes], data_name: str = "data.tar.gz") -> bytes:
+    # An odd control member: its padding must be stepped over.
+    control = member("debian-binary", b"2.0\n") + member("control.tar.gz/", b"odd")
+    return packages.AR_MAGIC + control + member(data_name, tar_bytes(files))
+
+
+def test_debian_packages_are_read_without_dpkg(tmp_path: Path) -> None:
+    path = tmp_path / "thing_1.0_all.deb"
+    path.write_bytes(deb_bytes({"./usr/share/thing/a.txt": b"a", "./usr/share/doc/thing/copyright": b"MIT"}))
+    assert packages.debian("usr/share/thing/")(path) == {"a.txt": b"a"}
+
+
+@pytest.mark.parametrize("left", [70, 140, -10])
+def test_a_debian_package_that_is_cut_off_is_refused(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "thing.deb"
+    path.write_bytes(deb_bytes({"./usr/share/thing/a.txt": b"a" * 1000})[:left])
+    with pytest.raises(FetchError, match=r"cut off or damaged at byte \d+"):
+        packages.debian("usr/share/thing/")(path)
+
+
+def test_what_is_no_debian_package_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "thing.deb"
+    path.write_bytes(zip_bytes({"a": b"a"}))
+    with pytest.raises(FetchError, match="not an ar archive"):
+        packages.debian("usr/")(path)
+    path.write_bytes(packages.AR_MAGIC + member("debian-binary", b"2.0\n"))
+    with pytest.raises(FetchError, match=r"holds no data\.tar"):
+        packages.debian("usr/")(path)
+    path.write_bytes(packages.AR_MAGIC + member("data.tar.zst", b"\x28\xb5\x2f\xfd rest"))
+    with pytest.raises(FetchError, match="neither a zip nor a tar"):
+        packages.debian("usr/")(path)
+
+
+def test_apt_runs_where_the_file_is_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done:
+        returncode, stdout, stderr = 0, "", ""
+
+    def pretend(command: list[str], cwd: Path, **options: object) -> Done:
+        assert command[1:] == ["download", "--quiet", "thing"]
+        (cwd / "thing_1.0_all.deb").write_bytes(b"content")
+        return Done()
+
+    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(packages.subprocess, "run", pretend)
+    got = packages.download(Package(Client.APT, "thing", "1.0", None), tmp_path)
+    assert got.read_bytes() == b"content"
+
+
+def test_without_apt_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    with pytest.raises(FetchError, match="apt-get, which is not on PATH"):
+        packages.download(Package(Client.APT, "thing", "1.0", None), tmp_path)
+
+
 def test_neither_zip_nor_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text("<html>not found</html>")
@@ -148,8 +209,11 @@ def test_a_client_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_pins_are_whole() -> None:
     for one in models.ARTEFACTS.values():
-        pins = [*one.hashes.values(), *(p.package.sha256 for p in one.providers)]
-        assert all(len(pin) == 64 and set(pin) <= set("0123456789abcdef") for pin in pins), one.name
+        packages_pinned = [p.package.sha256 for p in one.providers if p.package.client is not Client.APT]
+        for pin in (*one.hashes.values(), *packages_pinned):
+            assert pin is not None, one.name
+            assert len(pin) == 64, one.name
+            assert set(pin) <= set("0123456789abcdef"), one.name
 
 
 def test_command_line_reports_errors_on_standard_error(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import tracemalloc
 from pathlib import Path
 
@@ -88,5 +89,7 @@ def test_built_models_export_with_one_tied_weight(kind: str, graphs: list[str], 
         if SMALL.vocabulary in t.dims and len(t.dims) == 2 and 1 not in t.dims
     ]
     assert tables == [[97, 32]]
-    assert "onnx::" in result.graphs[0].shared[0]
+    # Where accelerate is installed, optimum ties the weights itself, and nothing is left for us to share.
+    if importlib.util.find_spec("accelerate") is None:
+        assert "onnx::" in result.graphs[0].shared[0]
     assert all(d.relative < 1e-4 for g in result.graphs for d in g.differences)

@@ -57,6 +57,17 @@ def test_review_sentences() -> None:
         list(text.review_sentences(files))
 
 
+def test_documents_keep_their_order_and_the_sides_of_the_split() -> None:
+    sentences = many(60)
+    files = text.as_documents(sentences)
+    calibration = {s.document for s in text.split(sentences)[0]}
+    lines = {side: files[f"{side}.txt"].decode().splitlines() for side in ("calibration", "heldout")}
+    assert len(lines["calibration"]) == len(calibration)
+    assert len(lines["calibration"]) + len(lines["heldout"]) == 20
+    first = " ".join(s.text for s in sentences if s.document == "0")
+    assert first in lines["calibration" if "0" in calibration else "heldout"]
+
+
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["reviews", "brown"])
 def test_packaged_text_never_overlaps(name: str) -> None:
