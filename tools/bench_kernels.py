@@ -1,4 +1,4 @@
-"""Times LowBitMatMul against ONNX Runtime's own products, and prints one table row a case.
+"""Times LowBitMatMul and CodebookMatMul against ONNX Runtime's own products, and prints one table row a case.
 
 Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8). All sessions of a
 case run in one process, one run each in turn, so that a change of clock speed or a neighbour's load meets them alike;
@@ -27,6 +27,8 @@ from onnxq.runtime.library import describe_library, library_path
 DEFAULT_SHAPES = ["384x384", "1536x384", "384x1536", "4096x4096"]
 """N x K."""
 NBITS_WIDTHS = (2, 4, 8)
+NBITS_LARGEST_GROUP = 128
+CODEBOOK_WIDTHS = (1, 2, 3, 4)
 MICROSECONDS = 1e6
 
 
@@ -65,9 +67,10 @@ def dynamic_int8_model(case: Case, rng: np.random.Generator) -> bytes:
 
 
 def nbits_model(case: Case, bits: int, rng: np.random.Generator) -> bytes:
-    blocks = -(-case.k // case.group_size)
+    group_size = min(case.group_size, NBITS_LARGEST_GROUP)
+    blocks = -(-case.k // group_size)
     arrays = {
-        "b": rng.integers(0, 256, (case.n, blocks, case.group_size * bits // 8), dtype=np.uint8),
+        "b": rng.integers(0, 256, (case.n, blocks, group_size * bits // 8), dtype=np.uint8),
         "scales": rng.uniform(0.01, 0.1, case.n * blocks).astype(np.float32),
     }
     node = helper.make_node(
@@ -78,41 +81,44 @@ def nbits_model(case: Case, bits: int, rng: np.random.Generator) -> bytes:
         K=case.k,
         N=case.n,
         bits=bits,
-        block_size=case.group_size,
+        block_size=group_size,
         accuracy_level=4,
     )
     return build_model(node, case, arrays)
 
 
-def our_model(case: Case, bits: int, accuracy_level: int, rng: np.random.Generator) -> bytes:
+def our_model(case: Case, bits: int, window: int | None, accuracy_level: int, rng: np.random.Generator) -> bytes:
+    """LowBitMatMul, or CodebookMatMul where there is a window."""
     tiles, blocks, groups = -(-case.n // 32), -(-case.k // 32), -(-case.k // case.group_size)
-    arrays = {
-        # Any bytes are a weight, and speed does not depend on them.
-        "packed": rng.integers(0, 256, (tiles, blocks, bits, 32, 4), dtype=np.uint8),
+    attributes = {"K": case.k, "N": case.n, "bits": bits, "group_size": case.group_size}
+    # Any bytes are a weight, and speed does not depend on them.
+    arrays = {"packed": rng.integers(0, 256, (tiles, blocks, bits, 32, 4), dtype=np.uint8)}
+    if window is not None:
+        attributes["window"] = window
+        arrays["table"] = rng.integers(0, 128, 2**window, dtype=np.uint8)
+    arrays |= {
         "scales": rng.uniform(0.01, 0.1, (tiles, groups, 32)).astype(np.float16),
         "zero_points": np.full((1, 1, 1), 128, np.uint8),
         "bias": np.zeros(1, np.float32),
     }
     node = helper.make_node(
-        "LowBitMatMul",
+        "LowBitMatMul" if window is None else "CodebookMatMul",
         ["x", *arrays],
         ["y"],
         domain="onnxq",
-        K=case.k,
-        N=case.n,
-        bits=bits,
-        group_size=case.group_size,
         accuracy_level=accuracy_level,
+        **attributes,
     )
     return build_model(node, case, arrays)
 
 
-def open_runner(model: bytes, case: Case, rows: int) -> Callable[[], float] | None:
+def open_runner(model: bytes, case: Case, rows: int, *, library: bool = True) -> Callable[[], float] | None:
     """A function that runs the model once and returns the seconds; None where ONNX Runtime lacks the operator."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = case.threads
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(library_path()))
+    if library:
+        options.register_custom_ops_library(str(library_path()))
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
@@ -147,11 +153,15 @@ def interleaved_medians(runners: dict[str, Callable[[], float]], seconds: float)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def bench(case: Case, rows: int, bits: list[int], levels: list[int], seconds: float) -> None:
+def bench(case: Case, rows: int, bits: list[int], windows: list[int], levels: list[int], seconds: float) -> None:
     rng = np.random.default_rng(0)
+    formats = [(f"{b}", b, None) for b in bits]
+    formats += [(f"{b}w{window}", b, window) for b in bits if b in CODEBOOK_WIDTHS for window in windows if window >= b]
     models = {"fp32": float_model(case, rng), "int8dyn": dynamic_int8_model(case, rng)}
-    models |= {f"nbits{b}": nbits_model(case, b, rng) for b in NBITS_WIDTHS if case.k % case.group_size == 0}
-    models |= {f"ours{b}/{level}": our_model(case, b, level, rng) for level in levels for b in bits}
+    models |= {f"nbits{b}": nbits_model(case, b, rng) for b in NBITS_WIDTHS if case.k % 32 == 0}
+    models |= {
+        f"ours{name}/{level}": our_model(case, b, window, level, rng) for level in levels for name, b, window in formats
+    }
     runners = {name: run for name, model in models.items() if (run := open_runner(model, case, rows))}
     medians = interleaved_medians(runners, seconds)
     stock = " ".join(f"{name} {medians[name] * MICROSECONDS:.1f}" for name in medians if not name.startswith("ours"))
@@ -171,9 +181,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, help="N x K of the weights")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--bits", nargs="+", type=int, default=list(range(1, 9)))
+    parser.add_argument("--windows", nargs="*", type=int, default=[4, 6], help="of codebooks, `bits` (no trellis) to 6")
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 1], help="accuracy levels")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=32, help="0: the whole column, 128 for MatMulNBits")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case")
     arguments = parser.parse_args()
     library = describe_library()
@@ -182,8 +193,8 @@ def main() -> None:
         for rows in arguments.rows:
             for shape in arguments.shapes:
                 n, k = (int(part) for part in shape.split("x"))
-                case = Case(n, k, arguments.group_size, threads)
-                bench(case, rows, arguments.bits, arguments.levels, arguments.seconds)
+                case = Case(n, k, arguments.group_size or -(-k // 32) * 32, threads)
+                bench(case, rows, arguments.bits, arguments.windows, arguments.levels, arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 // The kernels, written once over a vector trait `Isa` and compiled once per ISA.
 //
-// This file holds what both kinds of activations share; int8.h and float32.h hold the products. All is
-// included inside an anonymous namespace after the trait and uses no standard-library function, because an
-// inline function compiled here for a newer processor could be the copy that the linker keeps for everybody.
+// This file holds what both kinds of activations share; int8.h and float32.h hold the products. uniform.h and
+// codebook.h unpack: a `Format` of theirs is one tile of a weight and hands out its levels. All is included
+// inside an anonymous namespace after the trait and uses no standard-library function, because an inline
+// function compiled here for a newer processor could be the copy that the linker keeps for everybody.
 //
 // Words: a *vector* holds Isa::kLanes outputs, 4 bytes (one quad of consecutive inputs) each. A *limb* is a
 // run of code bits that Isa::Dot can multiply without overflow; only 8-bit codes on AVX2 need two.
 
+using onnxq::kernels::CodebookProducts;
 using onnxq::kernels::kBlockDepth;
 using onnxq::kernels::KernelTable;
 using onnxq::kernels::kMaxActivationBlock;
 using onnxq::kernels::kQuads;
 using onnxq::kernels::kRowBytes;
+using onnxq::kernels::kStartQuads;
+using onnxq::kernels::kTableLevelBits;
 using onnxq::kernels::kTileOutputs;
+using onnxq::kernels::Products;
 using onnxq::kernels::QuantizedRows;
 using onnxq::kernels::Range;
 using onnxq::kernels::Segment;
@@ -22,7 +27,7 @@ constexpr int kVectorBytes = Isa::kLanes * 4;
 constexpr int kTileVectors = kTileOutputs / Isa::kLanes;
 
 template <class T>
-ONNXQ_INLINE T Min(T a, T b) {
+ONNXQ_INLINE constexpr T Min(T a, T b) {
   return a < b ? a : b;
 }
 
@@ -48,44 +53,19 @@ ONNXQ_INLINE void Unroll(const F& f) {
   UnrollOver(f, typename MakeIndices<N>::Type{});
 }
 
-/// Bits [Low, Low + Width) of the codes of quad `Quad`, a byte each.
-template <int Bits, int Low, int Width, int Quad>
-ONNXQ_INLINE Isa::Bytes Codes(const uint8_t* block) {
-  Isa::Bytes code = Isa::ZeroBytes();
-  Unroll<PlaneCount(Bits)>([&](auto plane) ONNXQ_INLINE_LAMBDA {
-    constexpr Field field = PlaneField(Bits, decltype(plane)::value, Low, Width, Quad);
-    if constexpr (field.mask != 0) {
-      constexpr uint32_t mask = 0x01010101u * field.mask;
-      const Isa::Bytes row = Isa::Load(block + field.row * kRowBytes);
-      const Isa::Bytes part = Isa::template And<mask>(Isa::template Shift<field.shift>(row));
-      code = decltype(plane)::value == 0 ? part : Isa::Or(code, part);
-    }
-  });
-  return code;
-}
+#include "kernels/uniform.h"
 
-/// The four codes of quad `Quad` as floats: f(Constant<j>, codes of input 4 * Quad + j) for j = 0 .. 3.
-template <int Bits, int Quad, class F>
-ONNXQ_INLINE void FloatCodes(const uint8_t* block, const F& f) {
-  if constexpr (PlaneCount(Bits) == 1) {
-    // Straight from the row: one shift and one mask a code.
-    constexpr Field field = PlaneField(Bits, 0, 0, Bits, Quad);
-    const Isa::Bytes row = Isa::Load(block + field.row * kRowBytes);
-    Unroll<4>([&](auto byte) ONNXQ_INLINE_LAMBDA {
-      const Isa::Bytes code =
-          Isa::template And<field.mask>(Isa::template Shift<8 * byte.value + field.shift>(row));
-      f(byte, Isa::ToFloats(Isa::AsInts(code)));
-    });
-  } else {
-    const Isa::Bytes codes = Codes<Bits, 0, Bits, Quad>(block);
-    Unroll<4>([&](auto byte) ONNXQ_INLINE_LAMBDA {
-      const Isa::Bytes code = Isa::template And<255>(Isa::template Shift<8 * byte.value>(codes));
-      f(byte, Isa::ToFloats(Isa::AsInts(code)));
-    });
-  }
-}
+#include "kernels/codebook.h"
 
-ONNXQ_INLINE float SharedZero(const Weight& w) { return float(w.zeros[0]) / float(1 << (8 - w.bits)); }
+/// What one step of a stored zero point is worth in levels.
+template <class Format>
+constexpr float kZeroUnit = 1.0f / float(1 << (8 - Format::kLevelBits));
+
+/// The zero point of a whole weight, in levels; 0 where each group has its own.
+template <class Format>
+ONNXQ_INLINE float SharedZero(const Weight& w) {
+  return w.shared_zero ? float(w.zeros[0]) * kZeroUnit<Format> : 0.0f;
+}
 
 /// Writes gain * acc + bias for the outputs of one tile that exist.
 ONNXQ_INLINE void Finish(const Weight& w, int64_t tile, const float* acc, float* y_row) {
@@ -160,17 +140,42 @@ ONNXQ_INLINE void StoreSums(const Weight& w, int64_t tile, int64_t rows, bool la
 
 #include "kernels/float32.h"
 
+#include "kernels/frame_rows.h"
+
+template <class Format>
+constexpr Products MakeProducts() {
+  using L = Limbs<Format>;
+  return {GemvInt8<Format>, GemmInt8<Format>, L::kCentred, GemvF32<Format>, GemmF32<Format>};
+}
+
+template <int Bits>
+constexpr CodebookProducts MakeCodebookProducts() {
+  return {{MakeProducts<Codebook<Bits, Bits>>(), MakeProducts<Codebook<Bits, 4>>(),
+           MakeProducts<Codebook<Bits, 5>>(), MakeProducts<Codebook<Bits, 6>>()}};
+}
+
 constexpr KernelTable MakeTable(const char* name) {
   return {name,
           Isa::kGemmRows,
           Isa::kFloatRows,
           QuantizeRow,
-          {nullptr, GemvInt8<1>, GemvInt8<2>, GemvInt8<3>, GemvInt8<4>, GemvInt8<5>, GemvInt8<6>, GemvInt8<7>,
-           GemvInt8<8>},
-          {nullptr, GemmInt8<1>, GemmInt8<2>, GemmInt8<3>, GemmInt8<4>, GemmInt8<5>, GemmInt8<6>, GemmInt8<7>,
-           GemmInt8<8>},
-          {nullptr, GemvF32<1>, GemvF32<2>, GemvF32<3>, GemvF32<4>, GemvF32<5>, GemvF32<6>, GemvF32<7>,
-           GemvF32<8>},
-          {nullptr, GemmF32<1>, GemmF32<2>, GemmF32<3>, GemmF32<4>, GemmF32<5>, GemmF32<6>, GemmF32<7>,
-           GemmF32<8>}};
+          SumStarts<Isa>,
+          {{},
+           MakeProducts<Uniform<1>>(),
+           MakeProducts<Uniform<2>>(),
+           MakeProducts<Uniform<3>>(),
+           MakeProducts<Uniform<4>>(),
+           MakeProducts<Uniform<5>>(),
+           MakeProducts<Uniform<6>>(),
+           MakeProducts<Uniform<7>>(),
+           MakeProducts<Uniform<8>>()},
+          {{},
+           MakeCodebookProducts<1>(),
+           MakeCodebookProducts<2>(),
+           MakeCodebookProducts<3>(),
+           MakeCodebookProducts<4>()},
+          Isa::kLanes,
+          CopySigned,
+          WalshHadamard,
+          MultiplyFrame};
 }

@@ -1,13 +1,13 @@
 // Products with float32 activations. Included by core.h, once per ISA, inside an anonymous namespace.
 
-template <int Bits>
+template <class Format>
 void GemvF32(const Weight& w, const float* x, const Range& range, float* y) {
-  constexpr int64_t kBlockBytes = int64_t(Bits) * kRowBytes;
-  const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
-  const Isa::Floats shared = Isa::Broadcast(w.shared_zero ? SharedZero(w) : 0.0f);
+  constexpr int64_t kBlockBytes = int64_t(Format::kBits) * kRowBytes;
+  const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
+  const Isa::Floats shared = Isa::Broadcast(SharedZero<Format>(w));
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     alignas(64) float result[kTileOutputs];
-    const uint8_t* block = w.packed + tile * w.blocks * kBlockBytes;
+    const Format levels(w, tile);
     Isa::Floats acc[kTileVectors];
     for (int i = 0; i < kTileVectors; ++i) acc[i] = Isa::ZeroFloats();
     for (int64_t b = 0; b < w.blocks;) {
@@ -18,18 +18,14 @@ void GemvF32(const Weight& w, const float* x, const Range& range, float* y) {
       Isa::Floats sum = Isa::ZeroFloats();
       for (int i = 0; i < kTileVectors; ++i) dot[i] = Isa::ZeroFloats();
       for (; b < end; ++b) {
-        Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
-          constexpr int q = decltype(index)::value;
-          const float* quad = x + b * kBlockDepth + 4 * q;
-          Unroll<4>([&](auto j) ONNXQ_INLINE_LAMBDA { sum = Isa::Add(sum, Isa::Broadcast(quad[j.value])); });
-          Unroll<kTileVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
-            constexpr int i = decltype(vector)::value;
-            FloatCodes<Bits, q>(block + i * kVectorBytes, [&](auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
-              dot[i] = Isa::MulAdd(codes, Isa::Broadcast(quad[j.value]), dot[i]);
+        const float* x_block = x + b * kBlockDepth;
+        levels.template EachFloat<kTileVectors>(
+            b * kBlockBytes, [&](auto quad, auto vector, auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
+              constexpr int i = decltype(vector)::value;
+              const Isa::Floats input = Isa::Broadcast(x_block[4 * quad.value + j.value]);
+              if constexpr (i == 0) sum = Isa::Add(sum, input);
+              dot[i] = Isa::MulAdd(codes, input, dot[i]);
             });
-          });
-        });
-        block += kBlockBytes;
       }
       const int64_t side = (tile * w.groups + group) * kTileOutputs;
       for (int i = 0; i < kTileVectors; ++i) {
@@ -48,26 +44,26 @@ constexpr int kFloatChunkBlocks = 8;  // 256 inputs: a panel of 16 outputs takes
 constexpr int kPanelOutputs = Isa::kFloatVectors * Isa::kLanes;
 constexpr int kPanels = kTileOutputs / kPanelOutputs;
 
-template <int Bits>
-void DequantizeStripe(const Weight& w, int64_t tile, int64_t b_begin, int64_t b_end, float* stripe) {
-  const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
-  const Isa::Floats shared = Isa::Broadcast(w.shared_zero ? SharedZero(w) : 0.0f);
+template <class Format>
+ONNXQ_NOINLINE void DequantizeStripe(const Weight& w, int64_t tile, int64_t b_begin, int64_t b_end,
+                                     float* stripe) {
+  const Format levels(w, tile);
+  const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
+  const Isa::Floats shared = Isa::Broadcast(SharedZero<Format>(w));
   for (int64_t b = b_begin; b < b_end; ++b) {
     const int64_t side = (tile * w.groups + b / w.group_blocks) * kTileOutputs;
     for (int i = 0; i < kTileVectors; ++i) {
-      const uint8_t* block = w.packed + (tile * w.blocks + b) * Bits * kRowBytes + i * kVectorBytes;
       const int64_t at = side + i * Isa::kLanes;
       const Isa::Floats scale = Isa::LoadHalfFloats(w.scales + at);
       const Isa::Floats zero = w.shared_zero ? shared : Isa::Mul(Isa::LoadByteFloats(w.zeros + at), fraction);
       const int panel = i / Isa::kFloatVectors;
       float* to = stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs +
                   (b - b_begin) * kBlockDepth * kPanelOutputs + (i % Isa::kFloatVectors) * Isa::kLanes;
-      Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
-        constexpr int q = decltype(index)::value;
-        FloatCodes<Bits, q>(block, [&](auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
-          Isa::StoreFloats(to + (4 * q + j.value) * kPanelOutputs, Isa::Mul(Isa::Sub(codes, zero), scale));
-        });
-      });
+      levels.template EachFloat<1>(b * Format::kBits * kRowBytes + i * kVectorBytes,
+                                   [&](auto quad, auto, auto j, Isa::Floats codes) ONNXQ_INLINE_LAMBDA {
+                                     Isa::StoreFloats(to + (4 * quad.value + j.value) * kPanelOutputs,
+                                                      Isa::Mul(Isa::Sub(codes, zero), scale));
+                                   });
     }
   }
 }
@@ -107,28 +103,34 @@ ONNXQ_NOINLINE void FloatRows(const float* x, int64_t stride, const float* panel
   });
 }
 
-template <int Bits>
+/// Adds all rows times the stripe of blocks [b, b_end) into y. Not inlined: every format shares the one copy.
+ONNXQ_NOINLINE void MultiplyFloatStripe(const Weight& w, const float* stripe, int64_t tile, int64_t b,
+                                        int64_t b_end, const float* x, const Range& range, float* y) {
+  alignas(64) float sums[Isa::kFloatRows * kTileOutputs];
+  const int64_t k = b * kBlockDepth;
+  const int64_t depth = Min(b_end * kBlockDepth, w.depth) - k;
+  for (int64_t row = range.row_begin; row < range.row_end;) {
+    WithCount<Isa::kFloatRows>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
+      constexpr int kRows = decltype(count)::value;
+      LoadSums(w, tile, kRows, b == 0, y + row * w.outputs, sums);
+      for (int panel = 0; panel < kPanels; ++panel)
+        FloatRows<kRows>(x + row * w.depth + k, w.depth,
+                         stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs, depth,
+                         sums + panel * kPanelOutputs);
+      StoreSums(w, tile, kRows, b_end == w.blocks, sums, y + row * w.outputs);
+      row += kRows;
+    });
+  }
+}
+
+template <class Format>
 void GemmF32(const Weight& w, const float* x, const Range& range, float* y) {
   alignas(64) float stripe[kFloatChunkBlocks * kBlockDepth * kTileOutputs];
-  alignas(64) float sums[Isa::kFloatRows * kTileOutputs];
   for (int64_t b = 0; b < w.blocks; b += kFloatChunkBlocks) {
     const int64_t b_end = Min(b + kFloatChunkBlocks, w.blocks);
-    const int64_t k = b * kBlockDepth;
-    const int64_t depth = Min(b_end * kBlockDepth, w.depth) - k;
     for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
-      DequantizeStripe<Bits>(w, tile, b, b_end, stripe);
-      for (int64_t row = range.row_begin; row < range.row_end;) {
-        WithCount<Isa::kFloatRows>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
-          constexpr int kRows = decltype(count)::value;
-          LoadSums(w, tile, kRows, b == 0, y + row * w.outputs, sums);
-          for (int panel = 0; panel < kPanels; ++panel)
-            FloatRows<kRows>(x + row * w.depth + k, w.depth,
-                             stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs, depth,
-                             sums + panel * kPanelOutputs);
-          StoreSums(w, tile, kRows, b_end == w.blocks, sums, y + row * w.outputs);
-          row += kRows;
-        });
-      }
+      DequantizeStripe<Format>(w, tile, b, b_end, stripe);
+      MultiplyFloatStripe(w, stripe, tile, b, b_end, x, range, y);
     }
   }
 }

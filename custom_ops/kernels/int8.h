@@ -1,19 +1,26 @@
 // Products with int8 activations. Included by core.h, once per ISA, inside an anonymous namespace.
 
-template <int Bits>
+template <class Format>
 struct Limbs {
-  static constexpr int kCount = Bits <= Isa::kDirectBits ? 1 : 2;
-  static constexpr int kWidth = kCount == 1 ? Bits : 4;
+  static constexpr int kCount = Format::kLimbs;
+  static constexpr int kWidth = kCount == 1 ? Format::kLevelBits : 4;
   /// Dot products that a Partial takes before it must be moved on: 1, 2, 4, 8 (one block) or a whole segment.
   static constexpr int kDepth = Isa::Depth(kWidth);
   static_assert(kDepth <= kQuads || kDepth >= kMaxActivationBlock / 4,
                 "a flush belongs to a block or a segment");
+  /// Whether several rows multiply levels less `kMiddle`: around zero, twice as many products fit. Products
+  /// need levels without a sign, but sums that may wrap and that start at -kMiddle * (their inputs) don't.
+  static constexpr bool kCentred = Format::kLevelBits == Isa::kCentredBits;
+  static constexpr int kMiddle = kCentred ? onnxq::kernels::kStartMiddle : 0;
+  static constexpr int kRowsDepth = kCentred ? kStartQuads : kDepth;
+  static_assert(!kCentred || (kDepth == 1 && kMiddle == 1 << (Format::kLevelBits - 1) &&
+                              2 * kRowsDepth * kMiddle * 127 < 1 << 15));
 };
 
-/// Whether several rows multiply codes this wide in 16 bits: there, a byte product would have to be moved on
+/// Whether several rows multiply levels this wide in 16 bits: there, a byte product would have to be moved on
 /// each time.
-template <int Bits>
-constexpr bool kWide = Bits >= Isa::kWideBits;
+template <class Format>
+constexpr bool kWide = Format::kLevelBits >= Isa::kWideBits;
 
 // ---- activations ------------------------------------------------------------------------------------------
 
@@ -23,6 +30,14 @@ ONNXQ_INLINE const float* PaddedBlock(const float* x, int64_t b, int64_t depth, 
   if (left >= kBlockDepth) return x + b * kBlockDepth;
   for (int64_t i = 0; i < kBlockDepth; ++i) copy[i] = i < left ? x[b * kBlockDepth + i] : 0.0f;
   return copy;
+}
+
+/// QuantizedRows::starts of one row. `I` is Isa: see WideRows.
+template <class I = Isa>
+void SumStarts(const Weight& w, const int8_t* codes, int32_t* starts) {
+  if constexpr (I::kCentredBits < I::kWideBits)
+    for (int64_t b = 0; b < w.blocks; ++b)
+      I::Starts32(codes + b * kBlockDepth, starts + b * kQuads / kStartQuads);
 }
 
 void QuantizeRow(const Weight& w, const float* x, int8_t* codes, float* scales, float* scaled_sum) {
@@ -54,17 +69,18 @@ void QuantizeRow(const Weight& w, const float* x, int8_t* codes, float* scales, 
 
 // ---- one row ----------------------------------------------------------------------------------------------
 
-template <int Bits, bool kSharedZero>
+template <class Format, bool kSharedZero>
 void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
-  using L = Limbs<Bits>;
+  using L = Limbs<Format>;
   constexpr int kVectors = Isa::kGemvVectors / L::kCount;
-  constexpr int64_t kBlockBytes = int64_t(Bits) * kRowBytes;
-  [[maybe_unused]] const float shared_zero = kSharedZero ? SharedZero(w) : 0.0f;
-  [[maybe_unused]] const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
+  constexpr int64_t kBlockBytes = int64_t(Format::kBits) * kRowBytes;
+  [[maybe_unused]] const float shared_zero = SharedZero<Format>(w);
+  [[maybe_unused]] const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     alignas(64) float result[kTileOutputs];
+    const Format levels(w, tile);
     for (int first = 0; first < kTileVectors; first += kVectors) {
-      const uint8_t* block = w.packed + tile * w.blocks * kBlockBytes + first * kVectorBytes;
+      int64_t at = first * kVectorBytes;
       const int8_t* x = rows.codes;
       Isa::Floats acc[kVectors];
       for (int i = 0; i < kVectors; ++i) acc[i] = Isa::ZeroFloats();
@@ -75,49 +91,43 @@ void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
         for (int i = 0; i < kVectors; ++i) total[i] = Isa::ZeroInts();
         for (int l = 0; l < L::kCount; ++l)
           for (int i = 0; i < kVectors; ++i) partial[l][i] = Isa::ZeroPartial();
-        const auto flush = [&]() ONNXQ_INLINE_LAMBDA {
-          Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
-            constexpr int l = decltype(limb)::value;
-            for (int i = 0; i < kVectors; ++i) {
-              total[i] = Isa::template Collect<(l == 0 ? 1 : 16)>(total[i], partial[l][i]);
-              partial[l][i] = Isa::ZeroPartial();
-            }
-          });
+        const auto flush = [&](auto limb, int i) ONNXQ_INLINE_LAMBDA {
+          constexpr int l = decltype(limb)::value;
+          total[i] = Isa::template Collect<(l == 0 ? 1 : 16)>(total[i], partial[l][i]);
+          partial[l][i] = Isa::ZeroPartial();
         };
         for (int32_t b = 0; b < segment.blocks; ++b) {
-          Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
-            constexpr int q = decltype(index)::value;
-            const Isa::Bytes quad = Isa::Quad(x + 4 * q);
-            Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
-              constexpr int i = decltype(vector)::value;
-              Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
+          levels.template Each<kVectors>(
+              at, [&](auto quad, auto vector, auto limb, Isa::Bytes codes) ONNXQ_INLINE_LAMBDA {
+                constexpr int q = decltype(quad)::value;
+                constexpr int i = decltype(vector)::value;
                 constexpr int l = decltype(limb)::value;
-                constexpr int width = L::kCount == 1 ? Bits : (l == 0 ? 4 : Bits - 4);
-                const Isa::Bytes codes = Codes<Bits, 4 * l, width, q>(block + i * kVectorBytes);
-                partial[l][i] = Isa::Dot(partial[l][i], codes, quad);
+                partial[l][i] = Isa::Dot(partial[l][i], codes, Isa::Quad(x + 4 * q));
+                if constexpr (L::kDepth <= kQuads && (q + 1) % L::kDepth == 0) flush(limb, i);
               });
-            });
-            if constexpr (L::kDepth <= kQuads && (q + 1) % L::kDepth == 0) flush();
-          });
-          block += kBlockBytes;
+          at += kBlockBytes;
           x += kBlockDepth;
         }
-        if constexpr (L::kDepth > kQuads) flush();
+        if constexpr (L::kDepth > kQuads) {
+          Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
+            for (int i = 0; i < kVectors; ++i) flush(limb, i);
+          });
+        }
         const uint16_t* scales = w.scales + (tile * w.groups + segment.group) * kTileOutputs;
         [[maybe_unused]] const uint8_t* zeros = w.zeros + (tile * w.groups + segment.group) * kTileOutputs;
         const Isa::Floats scale = Isa::Broadcast(rows.scales[s]);
         for (int i = 0; i < kVectors; ++i) {
-          const int at = (first + i) * Isa::kLanes;
+          const int lane = (first + i) * Isa::kLanes;
           Isa::Floats value;
           if constexpr (kSharedZero) {
             value =
                 Isa::MulSub(Isa::ToFloats(total[i]), scale, Isa::Broadcast(rows.scaled_sum[s] * shared_zero));
           } else {
-            const Isa::Floats zero = Isa::Mul(Isa::LoadByteFloats(zeros + at), fraction);
+            const Isa::Floats zero = Isa::Mul(Isa::LoadByteFloats(zeros + lane), fraction);
             value = Isa::Mul(Isa::ToFloats(total[i]), scale);
             value = Isa::NegMulAdd(zero, Isa::Broadcast(rows.scaled_sum[s]), value);
           }
-          acc[i] = Isa::MulAdd(value, Isa::LoadHalfFloats(scales + at), acc[i]);
+          acc[i] = Isa::MulAdd(value, Isa::LoadHalfFloats(scales + lane), acc[i]);
         }
       }
       for (int i = 0; i < kVectors; ++i) Isa::StoreFloats(result + (first + i) * Isa::kLanes, acc[i]);
@@ -126,9 +136,9 @@ void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
   }
 }
 
-template <int Bits>
+template <class Format>
 void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
-  w.shared_zero ? GemvInt8<Bits, true>(w, rows, range, y) : GemvInt8<Bits, false>(w, rows, range, y);
+  w.shared_zero ? GemvInt8<Format, true>(w, rows, range, y) : GemvInt8<Format, false>(w, rows, range, y);
 }
 
 // ---- several rows: unpack a stretch of a tile once, use it for every row ----------------------------------
@@ -140,37 +150,40 @@ struct Int8Stripe {
   /// Limbs, or codes of even and odd inputs as 16 bits (kWide).
   alignas(64) uint8_t codes[kMaxLimbs][kChunkBlocks * kBlockDepth * kTileOutputs];
   alignas(64) float scales[kChunkBlocks][kTileOutputs];
-  alignas(64) float zeros[kChunkBlocks][kTileOutputs];  // scale * zero point
+  alignas(64) float zeros[kChunkBlocks][kTileOutputs];  // scale * (zero point - kMiddle)
 };
 
-template <int Bits>
-void UnpackStripe(const Weight& w, int64_t tile, int64_t s_begin, int64_t s_end, Int8Stripe& stripe) {
-  using L = Limbs<Bits>;
+template <class Format>
+ONNXQ_NOINLINE void UnpackStripe(const Weight& w, int64_t tile, int64_t s_begin, int64_t s_end,
+                                 Int8Stripe& stripe) {
+  using L = Limbs<Format>;
+  const Format levels(w, tile);
   const int64_t b_begin = w.segments[s_begin].block;
   const int64_t b_end = w.segments[s_end - 1].block + w.segments[s_end - 1].blocks;
   for (int64_t b = b_begin; b < b_end; ++b) {
-    const uint8_t* block = w.packed + (tile * w.blocks + b) * Bits * kRowBytes;
+    const int64_t from = b * Format::kBits * kRowBytes;
     const int64_t to = (b - b_begin) * kQuads * kRowBytes;
     for (int i = 0; i < kTileVectors; ++i) {
-      Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
-        constexpr int q = decltype(index)::value;
-        const int64_t at = to + q * kRowBytes + i * kVectorBytes;
-        if constexpr (kWide<Bits>) {
-          const Isa::Bytes code = Codes<Bits, 0, Bits, q>(block + i * kVectorBytes);
-          Isa::Store(stripe.codes[0] + at, Isa::template And<0x00ff00ffu>(code));
-          Isa::Store(stripe.codes[1] + at, Isa::template And<0x00ff00ffu>(Isa::template Shift<8>(code)));
-        } else {
-          Unroll<L::kCount>([&](auto limb) ONNXQ_INLINE_LAMBDA {
-            constexpr int l = decltype(limb)::value;
-            constexpr int width = L::kCount == 1 ? Bits : (l == 0 ? 4 : Bits - 4);
-            Isa::Store(stripe.codes[l] + at, Codes<Bits, 4 * l, width, q>(block + i * kVectorBytes));
-          });
-        }
-      });
+      const auto place = [&](auto quad)
+                             ONNXQ_INLINE_LAMBDA { return to + quad.value * kRowBytes + i * kVectorBytes; };
+      if constexpr (kWide<Format>) {
+        levels.template Each<1, 1>(
+            from + i * kVectorBytes, [&](auto quad, auto, auto, Isa::Bytes codes) ONNXQ_INLINE_LAMBDA {
+              const Isa::Bytes odd = Isa::template Shift<8>(codes);
+              Isa::Store(stripe.codes[0] + place(quad), Isa::template And<0x00ff00ffu>(codes));
+              Isa::Store(stripe.codes[1] + place(quad), Isa::template And<0x00ff00ffu>(odd));
+            });
+      } else {
+        levels.template Each<1>(from + i * kVectorBytes,
+                                [&](auto quad, auto, auto limb, Isa::Bytes codes) ONNXQ_INLINE_LAMBDA {
+                                  Isa::Store(stripe.codes[limb.value] + place(quad), codes);
+                                });
+      }
     }
   }
-  const Isa::Floats fraction = Isa::Broadcast(1.0f / float(1 << (8 - Bits)));
-  const Isa::Floats shared = Isa::Broadcast(w.shared_zero ? SharedZero(w) : 0.0f);
+  const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
+  const Isa::Floats shared = Isa::Broadcast(SharedZero<Format>(w));
+  const Isa::Floats middle = Isa::Broadcast(float(L::kMiddle));
   for (int64_t s = s_begin; s < s_end; ++s) {
     const int64_t group = (tile * w.groups + w.segments[s].group) * kTileOutputs;
     for (int at = 0; at < kTileOutputs; at += Isa::kLanes) {
@@ -178,7 +191,7 @@ void UnpackStripe(const Weight& w, int64_t tile, int64_t s_begin, int64_t s_end,
       const Isa::Floats zero =
           w.shared_zero ? shared : Isa::Mul(Isa::LoadByteFloats(w.zeros + group + at), fraction);
       Isa::StoreFloats(stripe.scales[s - s_begin] + at, scale);
-      Isa::StoreFloats(stripe.zeros[s - s_begin] + at, Isa::Mul(scale, zero));
+      Isa::StoreFloats(stripe.zeros[s - s_begin] + at, Isa::Mul(scale, Isa::Sub(zero, middle)));
     }
   }
 }
@@ -202,11 +215,12 @@ ONNXQ_INLINE void AddSegment(const Isa::Ints (&total)[Rows][Isa::kGemmVectors], 
 }
 
 /// Adds `Rows` rows times the stripe into sums [Rows][32]. Not inlined: every bit width shares the one copy.
-template <int LimbCount, int Depth, int Rows>
+template <int LimbCount, int Depth, bool Centred, int Rows, class I = Isa>
 ONNXQ_NOINLINE void Int8Rows(const Weight& w, const Int8Stripe& stripe, int64_t s_begin, int64_t s_end,
                              const QuantizedRows& rows, int64_t row, float* sums) {
   constexpr int kVectors = Isa::kGemmVectors;
   const int64_t row_bytes = w.blocks * kBlockDepth;
+  [[maybe_unused]] const int64_t row_starts = w.blocks * kQuads / Depth;
   const int64_t b_begin = w.segments[s_begin].block;
   for (int64_t s = s_begin; s < s_end; ++s) {
     const Segment& segment = w.segments[s];
@@ -228,6 +242,8 @@ ONNXQ_NOINLINE void Int8Rows(const Weight& w, const Int8Stripe& stripe, int64_t 
         };
         const uint8_t* codes = stripe.codes[l] + from + first * kVectorBytes;
         const int8_t* x_block = x;
+        [[maybe_unused]] const int32_t* start =
+            Centred ? rows.starts + row * row_starts + segment.block * kQuads / Depth : nullptr;
         for (int32_t b = 0; b < segment.blocks; ++b) {
           Unroll<kQuads>([&](auto index) ONNXQ_INLINE_LAMBDA {
             constexpr int q = decltype(index)::value;
@@ -241,6 +257,8 @@ ONNXQ_NOINLINE void Int8Rows(const Weight& w, const Int8Stripe& stripe, int64_t 
               const Isa::Bytes quad = Isa::Quad(x_block + r * row_bytes + 4 * q);
               Unroll<kVectors>([&](auto vector) ONNXQ_INLINE_LAMBDA {
                 constexpr int i = decltype(vector)::value;
+                if constexpr (Centred && q % Depth == 0)
+                  partial[r][i] = I::Pair(start[r * row_starts + q / Depth]);
                 partial[r][i] = Isa::Dot(partial[r][i], code[i], quad);
               });
             });
@@ -248,6 +266,7 @@ ONNXQ_NOINLINE void Int8Rows(const Weight& w, const Int8Stripe& stripe, int64_t 
           });
           codes += kQuads * kRowBytes;
           x_block += kBlockDepth;
+          if constexpr (Centred) start += kQuads / Depth;
         }
         if constexpr (Depth > kQuads) flush();
       });
@@ -303,32 +322,40 @@ ONNXQ_NOINLINE void WideRows(const Weight& w, const Int8Stripe& stripe, int64_t 
   }
 }
 
-template <int Bits>
-void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
-  using L = Limbs<Bits>;
-  Int8Stripe stripe;
+/// Adds all rows times the stripe into y. Not inlined, for the same reason.
+template <int LimbCount, int Depth, bool Centred, bool Wide>
+ONNXQ_NOINLINE void MultiplyStripe(const Weight& w, const Int8Stripe& stripe, int64_t tile, int64_t s_begin,
+                                   int64_t s_end, const QuantizedRows& rows, const Range& range, float* y) {
   alignas(64) float sums[Isa::kGemmRows * kTileOutputs];
+  for (int64_t row = range.row_begin; row < range.row_end;) {
+    WithCount<(Wide ? Isa::kWideRows : Isa::kGemmRows)>(
+        range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
+          constexpr int kRows = decltype(count)::value;
+          LoadSums(w, tile, kRows, s_begin == 0, y + row * w.outputs, sums);
+          if constexpr (Wide) {
+            WideRows<kRows>(w, stripe, s_begin, s_end, rows, row, sums);
+          } else {
+            Int8Rows<LimbCount, Depth, Centred, kRows>(w, stripe, s_begin, s_end, rows, row, sums);
+          }
+          StoreSums(w, tile, kRows, s_end == w.segment_count, sums, y + row * w.outputs);
+          row += kRows;
+        });
+  }
+}
+
+template <class Format>
+void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
+  using L = Limbs<Format>;
+  Int8Stripe stripe;
   for (int64_t s_begin = 0; s_begin < w.segment_count;) {
     int64_t s_end = s_begin;
     int64_t blocks = 0;
     while (s_end < w.segment_count && blocks + w.segments[s_end].blocks <= kChunkBlocks)
       blocks += w.segments[s_end++].blocks;
     for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
-      UnpackStripe<Bits>(w, tile, s_begin, s_end, stripe);
-      for (int64_t row = range.row_begin; row < range.row_end;) {
-        constexpr int kRowsAtOnce = kWide<Bits> ? Isa::kWideRows : Isa::kGemmRows;
-        WithCount<kRowsAtOnce>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
-          constexpr int kRows = decltype(count)::value;
-          LoadSums(w, tile, kRows, s_begin == 0, y + row * w.outputs, sums);
-          if constexpr (kWide<Bits>) {
-            WideRows<kRows>(w, stripe, s_begin, s_end, rows, row, sums);
-          } else {
-            Int8Rows<L::kCount, L::kDepth, kRows>(w, stripe, s_begin, s_end, rows, row, sums);
-          }
-          StoreSums(w, tile, kRows, s_end == w.segment_count, sums, y + row * w.outputs);
-          row += kRows;
-        });
-      }
+      UnpackStripe<Format>(w, tile, s_begin, s_end, stripe);
+      MultiplyStripe<L::kCount, L::kRowsDepth, L::kCentred, kWide<Format>>(w, stripe, tile, s_begin, s_end,
+                                                                           rows, range, y);
     }
     s_begin = s_end;
   }

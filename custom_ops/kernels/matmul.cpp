@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <new>
+
+#include "kernels/scratch.h"
 
 namespace onnxq::kernels {
 namespace {
@@ -17,28 +18,18 @@ constexpr int64_t kScratchBytes = int64_t{32} << 20;
 constexpr int64_t kTaskRowsInt8 = 480;
 constexpr int64_t kTaskRowsFloat = 240;
 
-/// Memory of one thread that is kept between calls, because asking for it costs more than a small product.
-class Scratch {
- public:
-  ~Scratch() { ::operator delete[](memory_, std::align_val_t{kAlignment}); }
-  /// Null when there is no memory.
-  char* Get(size_t bytes) {
-    if (bytes > capacity_) {
-      ::operator delete[](memory_, std::align_val_t{kAlignment});
-      memory_ = static_cast<char*>(::operator new[](bytes, std::align_val_t{kAlignment}, std::nothrow));
-      capacity_ = memory_ ? bytes : 0;
-    }
-    return memory_;
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  char* memory_ = nullptr;
-  size_t capacity_ = 0;
-};
-
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+const Products& ProductsOf(const KernelTable& kernels, const Weight& w) {
+  if (!w.table) return kernels.uniform[w.bits];
+  const CodebookProducts& products = kernels.codebook[w.bits];
+  if (w.window == w.bits) return products.window[0];
+  // A wider window does as well, since the table repeats itself.
+  int i = 0;
+  while (kCodebookWindows[i] < w.window) ++i;
+  return products.window[1 + i];
+}
 
 struct Call {
   const KernelTable& kernels;
@@ -60,10 +51,13 @@ void QuantizeTask(void* argument, size_t index) {
   const Call& c = *static_cast<const Call*>(argument);
   const Weight& w = c.weight;
   const int64_t begin = int64_t(index) * c.prepare_rows;
-  for (int64_t row = begin; row < std::min(begin + c.prepare_rows, c.rows); ++row)
-    c.kernels.quantize_row(w, c.x + row * w.depth, c.quantized.codes + row * w.blocks * kBlockDepth,
-                           c.quantized.scales + row * w.segment_count,
+  for (int64_t row = begin; row < std::min(begin + c.prepare_rows, c.rows); ++row) {
+    int8_t* codes = c.quantized.codes + row * w.blocks * kBlockDepth;
+    c.kernels.quantize_row(w, c.x + row * w.depth, codes, c.quantized.scales + row * w.segment_count,
                            c.quantized.scaled_sum + row * w.segment_count);
+    if (c.quantized.starts)
+      c.kernels.sum_starts(w, codes, c.quantized.starts + row * w.blocks * kQuads / kStartQuads);
+  }
 }
 
 void ComputeTask(void* argument, size_t index) {
@@ -98,12 +92,16 @@ bool MatMulInt8(Call& call, const Parallel& parallel, Scratch& scratch) {
   const Weight& w = call.weight;
   const size_t code_bytes = size_t(call.rows * w.blocks * kBlockDepth);
   const size_t side_bytes = size_t(call.rows * w.segment_count) * sizeof(float);
-  char* memory = scratch.Get(code_bytes + 2 * side_bytes);
+  const Products& products = ProductsOf(call.kernels, w);
+  const bool centred = call.rows > 1 && products.centred;
+  const size_t start_bytes = centred ? code_bytes / kStartQuads : 0;
+  char* memory = scratch.Get(code_bytes + 2 * side_bytes + start_bytes);
   if (!memory) return false;
   call.quantized = {reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(memory + code_bytes),
-                    reinterpret_cast<float*>(memory + code_bytes + side_bytes)};
+                    reinterpret_cast<float*>(memory + code_bytes + side_bytes),
+                    centred ? reinterpret_cast<int32_t*>(memory + code_bytes + 2 * side_bytes) : nullptr};
   call.prepare_rows = std::clamp<int64_t>(kTaskProductsInt8 / 4 / w.depth, 1, call.rows);
-  call.kernel_int8 = call.rows == 1 ? call.kernels.gemv_int8[w.bits] : call.kernels.gemm_int8[w.bits];
+  call.kernel_int8 = call.rows == 1 ? products.gemv_int8 : products.gemm_int8;
   return Run(parallel, QuantizeTask, CeilDiv(call.rows, call.prepare_rows), call) &&
          Compute(parallel, call, kTaskRowsInt8, call.kernels.gemm_rows_int8, kTaskProductsInt8);
 }
@@ -111,9 +109,10 @@ bool MatMulInt8(Call& call, const Parallel& parallel, Scratch& scratch) {
 bool MatMulF32(Call& call, const Parallel& parallel, Scratch& scratch) {
   const Weight& w = call.weight;
   call.x_f32 = call.x;
-  call.kernel_f32 = call.kernels.gemm_f32[w.bits];
+  const Products& products = ProductsOf(call.kernels, w);
+  call.kernel_f32 = products.gemm_f32;
   if (call.rows == 1) {
-    call.kernel_f32 = call.kernels.gemv_f32[w.bits];
+    call.kernel_f32 = products.gemv_f32;
     const int64_t padded = w.blocks * kBlockDepth;
     if (padded != w.depth) {
       float* copy = reinterpret_cast<float*>(scratch.Get(size_t(padded) * sizeof(float)));

@@ -11,7 +11,17 @@ constexpr int kBlockDepth = 32;   // inputs of one packed block
 constexpr int kQuads = 8;         // a block holds 8 quads of 4 consecutive inputs
 constexpr int kRowBytes = kTileOutputs * 4;
 constexpr int kMaxBits = 8;
+constexpr int kMaxCodebookBits = 4;
+constexpr int kMaxWindow = 6;
+constexpr int kTableLevelBits = 7;  // of an entry of a codebook's table
+constexpr int kTableEntries = 1 << kMaxWindow;
+/// Windows, besides that of a lone code, that codebook kernels are written for.
+constexpr int kCodebookWindows[] = {4, 5, 6};
 constexpr int kMaxActivationBlock = 128;  // inputs that share one activation scale, at most
+
+/// Sums of products with levels less kStartMiddle begin anew every kStartQuads quads: see Limbs::kCentred.
+constexpr int kStartQuads = 2;
+constexpr int kStartMiddle = 1 << (kTableLevelBits - 1);
 
 /// A stretch of K inside which weight scale and activation scale are both constant.
 struct Segment {
@@ -40,6 +50,8 @@ struct Weight {
   int64_t activation_depth;  ///< 32-deep blocks that share one activation scale
   const Segment* segments;   ///< covers every block once, in order
   int64_t segment_count;
+  const uint8_t* table;  ///< [kTableEntries] levels, repeated to fill it; null: codes are levels
+  int window;            ///< bits of an index into table
 };
 
 /// Activations after int8 quantisation, one row after the other.
@@ -47,6 +59,7 @@ struct QuantizedRows {
   int8_t* codes;      ///< [rows, blocks * 32], zero beyond K
   float* scales;      ///< [rows, segments]
   float* scaled_sum;  ///< [rows, segments]: scale * sum of the codes of the segment
+  int32_t* starts;    ///< [rows, blocks * kQuads / kStartQuads] pairs of int16, where Products::centred
 };
 
 /// The part of the output that one task computes.
@@ -55,18 +68,62 @@ struct Range {
   int64_t tile_begin, tile_end;
 };
 
+/// y [rows, outputs] = x [rows, depth] @ matrix [depth, outputs].
+struct FrameProduct {
+  const float* x;
+  int64_t x_stride;
+  const float* matrix;
+  int64_t matrix_stride;  ///< whole vectors, at least outputs
+  float* y;
+  int64_t y_stride;  ///< at least outputs
+  int64_t y_size;    ///< floats that may be written from y on
+  int64_t rows;
+  int64_t depth;
+  int64_t outputs;
+};
+
+/// y [rows, depth] = x [rows, depth] * signs [rows, depth]. Of the two strides one is depth, the other is
+/// depth in whole vectors; columns of y beyond depth hold anything.
+struct SignedCopy {
+  const float* x;
+  int64_t x_stride;
+  const float* signs;
+  float* y;
+  int64_t y_stride;
+  int64_t rows;
+  int64_t depth;
+};
+
+/// The products of one format.
+struct Products {
+  void (*gemv_int8)(const Weight&, const QuantizedRows&, const Range&, float* y);
+  void (*gemm_int8)(const Weight&, const QuantizedRows&, const Range&, float* y);
+  bool centred;  ///< gemm_int8 reads QuantizedRows::starts
+  /// x: one row of blocks * 32 floats, zero beyond K.
+  void (*gemv_f32)(const Weight&, const float* x, const Range&, float* y);
+  /// x: [rows, depth].
+  void (*gemm_f32)(const Weight&, const float* x, const Range&, float* y);
+};
+
+/// Those of one codebook width: for a window of `bits`, then for each of kCodebookWindows.
+struct CodebookProducts {
+  Products window[4];
+};
+
 /// One ISA's kernels; those in arrays are indexed by bits (entry 0 is unused).
 struct KernelTable {
   const char* isa;
   int gemm_rows_int8;  ///< rows of one register block: tasks take whole multiples
   int gemm_rows_f32;
   void (*quantize_row)(const Weight&, const float* x, int8_t* codes, float* scales, float* scaled_sum);
-  void (*gemv_int8[kMaxBits + 1])(const Weight&, const QuantizedRows&, const Range&, float* y);
-  void (*gemm_int8[kMaxBits + 1])(const Weight&, const QuantizedRows&, const Range&, float* y);
-  /// x: one row of blocks * 32 floats, zero beyond K.
-  void (*gemv_f32[kMaxBits + 1])(const Weight&, const float* x, const Range&, float* y);
-  /// x: [rows, depth].
-  void (*gemm_f32[kMaxBits + 1])(const Weight&, const float* x, const Range&, float* y);
+  void (*sum_starts)(const Weight&, const int8_t* codes, int32_t* starts);
+  Products uniform[kMaxBits + 1];
+  CodebookProducts codebook[kMaxCodebookBits + 1];
+  int lanes;  ///< floats of one vector
+  void (*copy_signed)(const SignedCopy&);
+  /// x [rows, width] in place over the rows, not normalised; rows a power of two, width whole vectors.
+  void (*walsh_hadamard)(float* x, int64_t rows, int64_t width);
+  void (*multiply_frame)(const FrameProduct&);
 };
 
 }  // namespace onnxq::kernels

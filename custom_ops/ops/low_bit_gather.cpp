@@ -13,7 +13,6 @@ namespace onnxq::ops {
 namespace {
 
 constexpr size_t kIndices = 0;
-constexpr size_t kFirstWeightInput = 1;
 // Elements that one task decodes: enough to pay for handing it to a thread.
 constexpr int64_t kTaskElements = 1 << 15;
 
@@ -40,7 +39,8 @@ class LowBitGather {
                                                  abi::ElementType::kFloat16, abi::ElementType::kUint8};
 
   LowBitGather(const abi::Api& api, const abi::KernelInfo* info)
-      : api_(api), weight_(api, info, NodeTitle(api, info, kName), kFirstWeightInput) {}
+      : api_(api),
+        weight_(api, info, NodeTitle(api, info, kName), {.packed = 1, .scales = 2, .zero_points = 3}) {}
 
   const abi::Api& api() const { return api_; }
 

@@ -80,15 +80,16 @@ const char* TypeName(abi::ElementType type) {
 }
 
 PackedWeight::PackedWeight(const abi::Api& api, const abi::KernelInfo* info, std::string title,
-                           size_t first_input)
-    : api_(api), title_(std::move(title)), first_input_(first_input) {
+                           const WeightInputs& inputs)
+    : api_(api), title_(std::move(title)), inputs_{inputs.packed, inputs.scales, inputs.zero_points} {
   const int64_t version = IntAttribute(api, info, "layout_version", kLayoutVersion);
   if (version != kLayoutVersion)
     Refuse(title_, "layout_version is " + std::to_string(version) +
                        ", but this library reads version 1; update onnxq, or quantize the model again");
   const int64_t bits = IntAttribute(api, info, title_, "bits");
-  if (bits < 1 || bits > kernels::kMaxBits)
-    Refuse(title_, "attribute bits is " + std::to_string(bits) + ", expected 1 to 8");
+  if (bits < 1 || bits > inputs.most_bits)
+    Refuse(title_, "attribute bits is " + std::to_string(bits) + ", expected 1 to " +
+                       std::to_string(inputs.most_bits));
   const int64_t group_size = IntAttribute(api, info, title_, "group_size");
   if (group_size < kernels::kBlockDepth || group_size % kernels::kBlockDepth != 0)
     Refuse(title_, "attribute group_size is " + std::to_string(group_size) +
@@ -116,7 +117,7 @@ PackedWeight::PackedWeight(const abi::Api& api, const abi::KernelInfo* info, std
   for (size_t which = 0; which < 3; ++which) {
     int is_constant = 0;
     const abi::Value* value = nullptr;
-    if (!Found(api, api.ConstantInput(info, first_input + which, &is_constant, &value))) continue;
+    if (!Found(api, api.ConstantInput(info, inputs_[which], &is_constant, &value))) continue;
     if (!is_constant || !value) continue;
     CheckTensor(which, value);
     checked_[which] = true;
@@ -138,7 +139,7 @@ void PackedWeight::CheckTensor(size_t which, const abi::Value* value) const {
   const abi::Shape found = abi::ReadShape(api_, value);
   const bool shared_zero = which == 2 && found.dims == std::vector<int64_t>{1, 1, 1};
   if (found.type == type && (shared_zero || found.dims == expected[which])) return;
-  Refuse(title_, "input " + std::to_string(first_input_ + which) + " (" + kInputNames[which] + ") is " +
+  Refuse(title_, "input " + std::to_string(inputs_[which]) + " (" + kInputNames[which] + ") is " +
                      TypeName(found.type) + " " + ShapeText(found.dims) + ", expected " + TypeName(type) +
                      " " + ShapeText(expected[which]) + (which == 2 ? " or [1, 1, 1]" : "") +
                      " for N = " + std::to_string(w.outputs) + ", K = " + std::to_string(w.depth) +
@@ -150,10 +151,9 @@ void PackedWeight::CheckTensor(size_t which, const abi::Value* value) const {
 kernels::Weight PackedWeight::Bind(const abi::KernelContext* context) const {
   const abi::Value* values[3] = {};
   for (size_t which = 0; which < 3; ++which) {
-    abi::Check(api_.Input(context, first_input_ + which, &values[which]));
+    abi::Check(api_.Input(context, inputs_[which], &values[which]));
     if (!values[which])
-      Refuse(title_,
-             "input " + std::to_string(first_input_ + which) + " (" + kInputNames[which] + ") is missing");
+      Refuse(title_, "input " + std::to_string(inputs_[which]) + " (" + kInputNames[which] + ") is missing");
     if (!checked_[which]) CheckTensor(which, values[which]);
   }
   kernels::Weight weight = weight_;

@@ -6,6 +6,8 @@
 #include "abi/result.h"
 #include "kernels/compiler.h"
 #include "kernels/dispatch.h"
+#include "ops/codebook_matmul.h"
+#include "ops/frame_transform.h"
 #include "ops/low_bit_gather.h"
 #include "ops/low_bit_matmul.h"
 #include "ops/op_base.h"
@@ -21,6 +23,9 @@ onnxq::abi::CustomOpDomain* TheDomain(const Api& api) {
     onnxq::abi::Check(api.CreateDomain("onnxq", &made));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::LowBitMatMulOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::LowBitGatherOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::CodebookMatMulOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameAnalysisOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameSynthesisOp()));
     return made;
   }();
   return domain;

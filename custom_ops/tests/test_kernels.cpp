@@ -9,40 +9,21 @@
 #include <string>
 #include <vector>
 
-#include "kernels/compiler.h"
 #include "kernels/dispatch.h"
 #include "kernels/gather.h"
 #include "kernels/half.h"
 #include "kernels/matmul.h"
-#include "kernels/tables.h"
+#include "tests/harness.h"
 
 namespace {
 
 using namespace onnxq::kernels;
+using namespace onnxq::tests;
 
-constexpr int kSkipped = 77;
 // Largest error over sum |x| * (|W| + scale * 2**bits): float32 sums in any order.
 constexpr double kFloatTolerance = 1e-6;
 // The int8 round trip is reproduced exactly, so the same holds for it.
 constexpr double kInt8Tolerance = 1e-6;
-
-int failures = 0;
-long checks = 0;
-
-void Check(bool good, const std::string& what) {
-  ++checks;
-  if (good) return;
-  if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-struct Random {
-  uint64_t state;
-  uint32_t Next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return uint32_t(state >> 33);
-  }
-  float Float() { return float(Next() % 20001) / 10000.0f - 1.0f; }
-};
 
 /// The code of output n, input k, read bit by bit as the layout's text says.
 int CodeAt(const Weight& w, int64_t n, int64_t k) {
@@ -60,17 +41,31 @@ int CodeAt(const Weight& w, int64_t n, int64_t k) {
   return code;
 }
 
+/// The level that a code stands for: itself, or what the table says for it and the codes 32, 64, ... outputs
+/// before.
+int LevelAt(const Weight& w, int64_t n, int64_t k) {
+  if (!w.table) return CodeAt(w, n, k);
+  int index = 0;
+  for (int shift = 0; shift < w.window; shift += w.bits) {
+    index |= CodeAt(w, n, k) << shift;
+    n = n < 32 ? n + (w.tiles - 1) * 32 : n - 32;
+  }
+  return w.table[index & ((1 << w.window) - 1)];
+}
+
+int LevelBits(const Weight& w) { return w.table ? kTableLevelBits : w.bits; }
+
 double ScaleAt(const Weight& w, int64_t n, int64_t k) {
   return HalfToFloat(w.scales[(n / 32 * w.groups + k / 32 / w.group_blocks) * 32 + n % 32]);
 }
 
 double ZeroAt(const Weight& w, int64_t n, int64_t k) {
   const int64_t at = w.shared_zero ? 0 : (n / 32 * w.groups + k / 32 / w.group_blocks) * 32 + n % 32;
-  return double(w.zeros[at]) / double(1 << (8 - w.bits));
+  return double(w.zeros[at]) / double(1 << (8 - LevelBits(w)));
 }
 
 double ValueAt(const Weight& w, int64_t n, int64_t k) {
-  return w.gain * ScaleAt(w, n, k) * (CodeAt(w, n, k) - ZeroAt(w, n, k));
+  return w.gain * ScaleAt(w, n, k) * (LevelAt(w, n, k) - ZeroAt(w, n, k));
 }
 
 /// A row of x after the int8 round trip.
@@ -88,13 +83,9 @@ std::vector<float> RoundTrip(const float* x, int64_t depth, int64_t group_size) 
   return out;
 }
 
-bool RunInTurn(void*, Parallel::Task task, size_t count, void* argument) {
-  for (size_t i = count; i-- > 0;) task(argument, i);  // any order must do
-  return true;
-}
-
 struct Case {
   int bits;
+  int window;  // 0: codes are levels
   int64_t outputs, depth, group_size;
   bool shared_zero;
 };
@@ -111,6 +102,11 @@ void Run(const KernelTable& kernels, const Case& c) {
   w.group_blocks = c.group_size / 32;
   w.groups = (w.blocks + w.group_blocks - 1) / w.group_blocks;
   w.shared_zero = c.shared_zero;
+  uint8_t table[kTableEntries];
+  for (int i = 0; i < kTableEntries; ++i)
+    table[i] = i < 1 << c.window ? uint8_t(random.Next() % 128) : table[i - (1 << c.window)];
+  w.window = c.window;
+  w.table = c.window > 0 ? table : nullptr;
   const std::vector<Segment> segments = MakeSegments(c.depth, c.group_size, &w.activation_depth);
   w.segments = segments.data();
   w.segment_count = int64_t(segments.size());
@@ -132,17 +128,20 @@ void Run(const KernelTable& kernels, const Case& c) {
   w.zeros = zeros.get();
   w.bias = bias.get();
 
-  const std::string name = std::string(kernels.isa) + " bits " + std::to_string(c.bits) + " N " +
-                           std::to_string(c.outputs) + " K " + std::to_string(c.depth) + " group " +
-                           std::to_string(c.group_size) + (c.shared_zero ? " shared" : " own") + " zero";
+  const std::string name = std::string(kernels.isa) + " bits " + std::to_string(c.bits) + " window " +
+                           std::to_string(c.window) + " N " + std::to_string(c.outputs) + " K " +
+                           std::to_string(c.depth) + " group " + std::to_string(c.group_size) +
+                           (c.shared_zero ? " shared" : " own") + " zero";
   std::vector<double> values(size_t(c.outputs * c.depth)), bounds(values.size());
   std::vector<float> row(size_t(c.depth), 0.0f);
   for (int64_t n = 0; n < c.outputs; ++n) {
-    DecodeRow(w, n, row.data());
+    if (!w.table) DecodeRow(w, n, row.data());
     for (int64_t k = 0; k < c.depth; ++k) {
       const double value = ValueAt(w, n, k);
       values[size_t(n * c.depth + k)] = value;
-      bounds[size_t(n * c.depth + k)] = std::fabs(value) + w.gain * ScaleAt(w, n, k) * double(1 << c.bits);
+      bounds[size_t(n * c.depth + k)] =
+          std::fabs(value) + w.gain * ScaleAt(w, n, k) * double(1 << LevelBits(w));
+      if (w.table) continue;
       Check(std::fabs(row[size_t(k)] - value) <= 1e-6 * std::fabs(value), "decode " + name);
     }
   }
@@ -175,10 +174,14 @@ void Run(const KernelTable& kernels, const Case& c) {
 
 /// The largest codes against the largest activations: an int16 sum that could overflow does so here.
 void RunExtremes(const KernelTable& kernels) {
-  for (int bits = 1; bits <= 8; ++bits) {
+  const std::vector<uint8_t> table(kTableEntries, 127);
+  for (int format = 1; format <= 9; ++format) {
     constexpr int64_t kDepth = 256;
+    const int bits = format <= 8 ? format : 2;
     Weight w{};
     w.bits = bits;
+    w.window = 4;
+    w.table = format <= 8 ? nullptr : table.data();
     w.gain = 1.0f;
     w.outputs = 32;
     w.depth = kDepth;
@@ -203,26 +206,13 @@ void RunExtremes(const KernelTable& kernels) {
         const std::vector<float> x(size_t(rows * kDepth), sign * 127.0f);
         std::vector<float> y(size_t(rows * 32));
         MatMul(kernels, w, Activations::kInt8, x.data(), rows, y.data(), {RunInTurn, nullptr});
-        const float expected = sign * 127.0f * float((1 << bits) - 1) * float(kDepth);
+        const float expected = sign * 127.0f * float((1 << LevelBits(w)) - 1) * float(kDepth);
         for (const float value : y)
-          Check(value == expected, "extremes " + std::string(kernels.isa) + " bits " + std::to_string(bits));
+          Check(value == expected,
+                "extremes " + std::string(kernels.isa) + " format " + std::to_string(format));
       }
     }
   }
-}
-
-const KernelTable* Find(const std::string& name) {
-  if (name == "best") return &ChosenKernels();
-  if (name == "avx512vnni-emulated") return &kAvx512VnniEmulated;
-  if (name == "scalar") return &kScalar;
-#ifdef ONNXQ_X86
-  const std::string described = Describe();
-  const std::string choice = described.substr(0, described.find("\"built\""));
-  const bool here = choice.find('"' + name + '"') != std::string::npos;
-  if (here && name == "avx2") return &kAvx2;
-  if (here && name == "avx512vnni") return &kAvx512Vnni;
-#endif
-  return nullptr;
 }
 
 }  // namespace
@@ -238,10 +228,19 @@ int main(int argc, char** argv) {
          {Shape{32, 64}, Shape{1, 1}, Shape{45, 200}, Shape{64, 33}, Shape{33, 545}}) {
       const int64_t whole = (depth + 31) / 32 * 32;
       for (const int64_t group_size : {int64_t{32}, int64_t{64}, int64_t{128}, int64_t{160}, whole})
-        for (const bool shared : {true, false}) Run(*kernels, {bits, outputs, depth, group_size, shared});
+        for (const bool shared : {true, false}) Run(*kernels, {bits, 0, outputs, depth, group_size, shared});
+    }
+  }
+  for (int bits = 1; bits <= kMaxCodebookBits; ++bits) {
+    for (int window = bits; window <= kMaxWindow; ++window) {
+      for (const auto [outputs, depth] : {Shape{20, 33}, Shape{33, 160}, Shape{200, 96}}) {
+        const int64_t whole = (depth + 31) / 32 * 32;
+        for (const int64_t group_size : {int64_t{32}, int64_t{64}, whole})
+          for (const bool shared : {true, false})
+            Run(*kernels, {bits, window, outputs, depth, group_size, shared});
+      }
     }
   }
   RunExtremes(*kernels);
-  std::printf("%s: %ld checks, %d failures\n", kernels->isa, checks, failures);
-  return failures == 0 ? 0 : 1;
+  return Report(*kernels);
 }

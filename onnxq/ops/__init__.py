@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript import OnnxFunction
 
 from onnxq.errors import ModelError
-from onnxq.ops import lowbit, lowbit_legacy
+from onnxq.ops import codebook, codebook_legacy, frame, lowbit, lowbit_legacy
 
 DOMAIN = "onnxq"
 OPSET_VERSION = 1
@@ -26,6 +26,9 @@ FUSING_OPSET = 21
 _BODIES: dict[str, tuple[OnnxFunction[..., Any], OnnxFunction[..., Any]]] = {
     "LowBitMatMul": (lowbit.LowBitMatMul, lowbit_legacy.LowBitMatMul),
     "LowBitGather": (lowbit.LowBitGather, lowbit_legacy.LowBitGather),
+    "CodebookMatMul": (codebook.CodebookMatMul, codebook_legacy.CodebookMatMul),
+    "FrameAnalysis": (frame.FrameAnalysis, frame.FrameAnalysis),
+    "FrameSynthesis": (frame.FrameSynthesis, frame.FrameSynthesis),
 }
 
 

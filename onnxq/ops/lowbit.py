@@ -52,6 +52,34 @@ def LowBitCodes(packed, bits: int):
 
 
 @script(_onnxq, default_opset=op)
+def LowBitProduct(x, codes, scales, zero_points, bias, K: int, N: int, bits: int, group_size: int, gain: float):
+    """X times the weight of these codes, which are uint8 [T, B, 8, 32, 4] with their `bits` bits at the top."""
+    first = op.Constant(value_ints=[0])
+    second = op.Constant(value_ints=[1])
+    inputs = op.Reshape(op.Constant(value_int=K), op.Constant(value_ints=[-1]))
+    outputs = op.Reshape(op.Constant(value_int=N), op.Constant(value_ints=[-1]))
+    blocks = op.Shape(codes, start=1, end=2)
+    padded = op.Shape(codes, start=0, end=1) * 32
+    rows_by_columns = op.Concat(op.Constant(value_ints=[-1]), padded, axis=0)
+
+    top = op.Transpose(codes, perm=[1, 2, 4, 0, 3])
+    top = op.Reshape(top, op.Concat(blocks * 32, padded, axis=0))
+    top = op.Slice(op.Slice(top, first, inputs, first), first, outputs, second)
+
+    # One step and zero point per 32 inputs, whatever the group: a block that ONNX Runtime's 8-bit product takes.
+    block = op.Range(op.Constant(value_int=0), op.Squeeze(blocks), op.Constant(value_int=1))
+    group = block * 32 / op.Constant(value_int=group_size)
+    step = op.Reshape(op.Transpose(scales, perm=[1, 0, 2]), rows_by_columns)
+    step = op.Cast(op.Slice(op.Gather(step, group, axis=0), first, outputs, second), to=onnx.TensorProto.FLOAT)
+    unit = op.Pow(op.Constant(value_float=2.0), op.Constant(value_int=bits) - 8) * op.Constant(value_float=gain)
+    zero = op.Transpose(op.Expand(zero_points, op.Shape(scales)), perm=[1, 0, 2])
+    zero = op.Slice(op.Gather(op.Reshape(zero, rows_by_columns), group, axis=0), first, outputs, second)
+
+    weight = op.DequantizeLinear(top, step * unit, zero, axis=0, block_size=32)
+    return op.MatMul(x, weight) + bias
+
+
+@script(_onnxq, default_opset=op)
 def LowBitMatMul(
     x,
     packed,
@@ -67,29 +95,8 @@ def LowBitMatMul(
     layout_version: int = 1,
 ):
     """X [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
-    first = op.Constant(value_ints=[0])
-    second = op.Constant(value_ints=[1])
-    inputs = op.Reshape(op.Constant(value_int=K), op.Constant(value_ints=[-1]))
-    outputs = op.Reshape(op.Constant(value_int=N), op.Constant(value_ints=[-1]))
-    blocks = op.Shape(packed, start=1, end=2)
-    padded = op.Shape(packed, start=0, end=1) * 32
-    rows_by_columns = op.Concat(op.Constant(value_ints=[-1]), padded, axis=0)
-
-    top = op.Transpose(LowBitCodes(packed, bits=bits), perm=[1, 2, 4, 0, 3])
-    top = op.Reshape(top, op.Concat(blocks * 32, padded, axis=0))
-    top = op.Slice(op.Slice(top, first, inputs, first), first, outputs, second)
-
-    # One step and zero point per 32 inputs, whatever the group: a block that ONNX Runtime's 8-bit product takes.
-    block = op.Range(op.Constant(value_int=0), op.Squeeze(blocks), op.Constant(value_int=1))
-    group = block * 32 / op.Constant(value_int=group_size)
-    step = op.Reshape(op.Transpose(scales, perm=[1, 0, 2]), rows_by_columns)
-    step = op.Cast(op.Slice(op.Gather(step, group, axis=0), first, outputs, second), to=onnx.TensorProto.FLOAT)
-    unit = op.Pow(op.Constant(value_float=2.0), op.Constant(value_int=bits) - 8) * op.Constant(value_float=gain)
-    zero = op.Transpose(op.Expand(zero_points, op.Shape(scales)), perm=[1, 0, 2])
-    zero = op.Slice(op.Gather(op.Reshape(zero, rows_by_columns), group, axis=0), first, outputs, second)
-
-    weight = op.DequantizeLinear(top, step * unit, zero, axis=0, block_size=32)
-    return op.MatMul(x, weight) + bias
+    codes = LowBitCodes(packed, bits=bits)
+    return LowBitProduct(x, codes, scales, zero_points, bias, K=K, N=N, bits=bits, group_size=group_size, gain=gain)
 
 
 @script(_onnxq, default_opset=op)

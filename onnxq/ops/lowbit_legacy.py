@@ -47,21 +47,32 @@ def LowBitCodes(packed, bits: int):
 
 
 @script(_onnxq, default_opset=op)
-def LowBitRows(packed, scales, zero_points, K: int, N: int, bits: int):
-    """Codes uint8 [N, K], scales float16 [N, G] and zero points float [N, G] in natural order."""
+def LowBitRows(blocks, scales, zero_points, K: int, N: int, bits: int):
+    """Codes uint8 [T, B, 8, 32, 4] to [N, K], scales float16 to [N, G] and zero points to float [N, G]."""
     first = op.Constant(value_ints=[0])
     second = op.Constant(value_ints=[1])
     inputs = op.Reshape(op.Constant(value_int=K), op.Constant(value_ints=[-1]))
     outputs = op.Reshape(op.Constant(value_int=N), op.Constant(value_ints=[-1]))
-    padded = op.Slice(op.Shape(packed), first, second) * op.Constant(value_int=32)
+    padded = op.Slice(op.Shape(blocks), first, second) * op.Constant(value_int=32)
     rows_by_columns = op.Concat(padded, op.Constant(value_ints=[-1]), axis=0)
-    codes = op.Reshape(op.Transpose(LowBitCodes(packed, bits=bits), perm=[0, 3, 1, 2, 4]), rows_by_columns)
+    codes = op.Reshape(op.Transpose(blocks, perm=[0, 3, 1, 2, 4]), rows_by_columns)
     codes = op.Slice(op.Slice(codes, first, outputs, first), first, inputs, second)
     step = op.Slice(op.Reshape(op.Transpose(scales, perm=[0, 2, 1]), rows_by_columns), first, outputs, first)
     zero = op.Transpose(op.Expand(zero_points, op.Shape(scales)), perm=[0, 2, 1])
     zero = op.Slice(op.Reshape(zero, rows_by_columns), first, outputs, first)
     fraction = op.Pow(op.Constant(value_float=2.0), op.Constant(value_int=bits) - op.Constant(value_int=8))
     return codes, step, op.Cast(zero, to=onnx.TensorProto.FLOAT) * fraction
+
+
+@script(_onnxq, default_opset=op)
+def LowBitProduct(x, blocks, scales, zero_points, bias, K: int, N: int, bits: int, group_size: int, gain: float):
+    """X times the weight of the codes `blocks`, uint8 [T, B, 8, 32, 4]."""
+    codes, step, zero = LowBitRows(blocks, scales, zero_points, K=K, N=N, bits=bits)
+    column = op.Range(op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1))
+    group = column / op.Constant(value_int=group_size)
+    scale = op.Cast(op.Gather(step, group, axis=1), to=onnx.TensorProto.FLOAT) * op.Constant(value_float=gain)
+    weight = (op.Cast(codes, to=onnx.TensorProto.FLOAT) - op.Gather(zero, group, axis=1)) * scale
+    return op.MatMul(x, op.Transpose(weight, perm=[1, 0])) + bias
 
 
 @script(_onnxq, default_opset=op)
@@ -80,12 +91,8 @@ def LowBitMatMul(
     layout_version: int = 1,
 ):
     """X [..., K] times the transpose of the weight [N, K], plus bias [N] or [1]; float32."""
-    codes, step, zero = LowBitRows(packed, scales, zero_points, K=K, N=N, bits=bits)
-    column = op.Range(op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1))
-    group = column / op.Constant(value_int=group_size)
-    scale = op.Cast(op.Gather(step, group, axis=1), to=onnx.TensorProto.FLOAT) * op.Constant(value_float=gain)
-    weight = (op.Cast(codes, to=onnx.TensorProto.FLOAT) - op.Gather(zero, group, axis=1)) * scale
-    return op.MatMul(x, op.Transpose(weight, perm=[1, 0])) + bias
+    blocks = LowBitCodes(packed, bits=bits)
+    return LowBitProduct(x, blocks, scales, zero_points, bias, K=K, N=N, bits=bits, group_size=group_size, gain=gain)
 
 
 @script(_onnxq, default_opset=op)
@@ -102,7 +109,8 @@ def LowBitGather(
     layout_version: int = 1,
 ):
     """Rows of the table [N, K]: indices [...] to float32 [..., K]."""
-    codes, step, zero = LowBitRows(packed, scales, zero_points, K=K, N=N, bits=bits)
+    blocks = LowBitCodes(packed, bits=bits)
+    codes, step, zero = LowBitRows(blocks, scales, zero_points, K=K, N=N, bits=bits)
     column = op.Range(op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1))
     group = column / op.Constant(value_int=group_size)
     row = op.Cast(op.Gather(codes, indices, axis=0), to=onnx.TensorProto.FLOAT)

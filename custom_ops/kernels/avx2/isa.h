@@ -7,9 +7,10 @@ struct Isa {
   using Floats = __m256;
 
   static constexpr int kLanes = 8;
-  static constexpr int kDirectBits = 7;  // 255 * 127 * 2 would saturate maddubs
-  static constexpr int kWideBits = 8;    // there two limbs of maddubs cost more
-  static constexpr int kWideRows = 4;    // 4 x 2 sums: with more the compiler spills some of them
+  static constexpr int kDirectBits = 7;   // 255 * 127 * 2 would saturate maddubs
+  static constexpr int kWideBits = 8;     // there two limbs of maddubs cost more
+  static constexpr int kCentredBits = 7;  // there 16 bits take one product, but two of levels around zero
+  static constexpr int kWideRows = 4;     // 4 x 2 sums: with more the compiler spills some of them
   static constexpr int kGemvVectors = 4;
   static constexpr int kGemmRows = 6;  // 6 x 2 sums, 2 codes, 1 quad, 1 product: all sixteen registers
   static constexpr int kGemmVectors = 2;
@@ -47,6 +48,29 @@ struct Isa {
     return _mm256_set1_epi32(quad);
   }
 
+  /// A table of bytes in registers.
+  template <int kEntries>
+  struct Levels {
+    __m256i part[kEntries / 16];
+    explicit ONNXQ_INLINE Levels(const uint8_t* entries) {
+      for (int i = 0; i < kEntries / 16; ++i)
+        part[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries) + i));
+    }
+    ONNXQ_INLINE Bytes Look(Bytes low) const { return _mm256_shuffle_epi8(part[0], low); }
+    /// Bit 4 of an index is the highest bit of a byte of bit4, as bit 5 is in bit5.
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4) const { return Half<0>(low, bit4); }
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4, Bytes bit5) const {
+      return _mm256_blendv_epi8(Half<0>(low, bit4), Half<2>(low, bit4), bit5);
+    }
+
+   private:
+    template <int kFirst>
+    ONNXQ_INLINE Bytes Half(Bytes low, Bytes bit4) const {
+      return _mm256_blendv_epi8(_mm256_shuffle_epi8(part[kFirst], low),
+                                _mm256_shuffle_epi8(part[kFirst + 1], low), bit4);
+    }
+  };
+
   static ONNXQ_INLINE Partial ZeroPartial() { return _mm256_setzero_si256(); }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad));
@@ -67,6 +91,16 @@ struct Isa {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), _mm256_srai_epi16(v, 8));
+  }
+
+  /// For each pair of quads of 32 inputs: two int16, -64 times the sum of inputs 0 and 1 of both, and of 2
+  /// and 3.
+  static ONNXQ_INLINE void Starts32(const int8_t* x, int32_t* starts) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    __m256i sum = _mm256_maddubs_epi16(_mm256_set1_epi8(onnxq::kernels::kStartMiddle), v);
+    sum = _mm256_sub_epi16(_mm256_setzero_si256(), _mm256_add_epi16(sum, _mm256_shuffle_epi32(sum, 0xb1)));
+    sum = _mm256_permutevar8x32_epi32(sum, _mm256_setr_epi32(0, 2, 4, 6, 0, 0, 0, 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(starts), _mm256_castsi256_si128(sum));
   }
 
   static ONNXQ_INLINE Floats ZeroFloats() { return _mm256_setzero_ps(); }

@@ -53,6 +53,37 @@ ONNXQ_INLINE __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i codes, __m512i qua
   sum += __m512i(c >> 16 & 255u) * (__m512i(q << 8) >> 24);
   return sum + __m512i(c >> 24) * (quad >> 24);
 }
+ONNXQ_INLINE __m512i _mm512_broadcast_i32x4(__m128i v) {
+  __m512i r;
+  for (int i = 0; i < 64; i += 16) std::memcpy(reinterpret_cast<uint8_t*>(&r) + i, v.byte, 16);
+  return r;
+}
+ONNXQ_INLINE __m512i _mm512_shuffle_epi8(__m512i table, __m512i index) {
+  uint8_t t[64], at[64], r[64];
+  std::memcpy(t, &table, 64);
+  std::memcpy(at, &index, 64);
+  for (int i = 0; i < 64; ++i) r[i] = at[i] & 128 ? 0 : t[(i & 48) | (at[i] & 15)];
+  return LoadFrom<__m512i>(r);
+}
+using __mmask64 = uint64_t;
+ONNXQ_INLINE __mmask64 _mm512_movepi8_mask(__m512i v) {
+  uint8_t byte[64];
+  std::memcpy(byte, &v, 64);
+  __mmask64 mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= uint64_t{byte[i]} >> 7 << i;
+  return mask;
+}
+ONNXQ_INLINE __m512i _mm512_mask_mov_epi8(__m512i otherwise, __mmask64 mask, __m512i v) {
+  uint8_t r[64], byte[64];
+  std::memcpy(r, &otherwise, 64);
+  std::memcpy(byte, &v, 64);
+  for (int i = 0; i < 64; ++i) r[i] = mask >> i & 1 ? byte[i] : r[i];
+  return LoadFrom<__m512i>(r);
+}
+ONNXQ_INLINE __m512i _mm512_mask_shuffle_epi8(__m512i otherwise, __mmask64 mask, __m512i table,
+                                              __m512i index) {
+  return _mm512_mask_mov_epi8(otherwise, mask, _mm512_shuffle_epi8(table, index));
+}
 ONNXQ_INLINE __m512 _mm512_cvtepi32_ps(__m512i v) { return __builtin_convertvector(v, __m512); }
 ONNXQ_INLINE __m512i _mm512_cvtps_epi32(__m512 v) {
   __m512i r;

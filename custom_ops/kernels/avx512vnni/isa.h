@@ -8,7 +8,8 @@ struct Isa {
 
   static constexpr int kLanes = 16;
   static constexpr int kDirectBits = 8;
-  static constexpr int kWideBits = 9;  // never: sums are 32 bits wide
+  static constexpr int kWideBits = 9;     // never: sums are 32 bits wide
+  static constexpr int kCentredBits = 9;  // never, likewise
   static constexpr int kWideRows = 1;
   static constexpr int kGemvVectors = 2;
   static constexpr int kGemmRows = 8;  // 8 x 2 sums leave half of the registers to the compiler
@@ -37,6 +38,29 @@ struct Isa {
     __builtin_memcpy(&quad, p, sizeof quad);
     return _mm512_set1_epi32(quad);
   }
+
+  /// A table of bytes in registers.
+  template <int kEntries>
+  struct Levels {
+    __m512i part[kEntries / 16];
+    explicit ONNXQ_INLINE Levels(const uint8_t* entries) {
+      for (int i = 0; i < kEntries / 16; ++i)
+        part[i] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries) + i));
+    }
+    ONNXQ_INLINE Bytes Look(Bytes low) const { return _mm512_shuffle_epi8(part[0], low); }
+    /// Bit 4 of an index is the highest bit of a byte of bit4, as bit 5 is in bit5.
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4) const { return Half<0>(low, _mm512_movepi8_mask(bit4)); }
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4, Bytes bit5) const {
+      const __mmask64 odd = _mm512_movepi8_mask(bit4);
+      return _mm512_mask_mov_epi8(Half<0>(low, odd), _mm512_movepi8_mask(bit5), Half<2>(low, odd));
+    }
+
+   private:
+    template <int kFirst>
+    ONNXQ_INLINE Bytes Half(Bytes low, __mmask64 odd) const {
+      return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(part[kFirst], low), odd, part[kFirst + 1], low);
+    }
+  };
 
   static ONNXQ_INLINE Partial ZeroPartial() { return _mm512_setzero_si512(); }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {

@@ -20,7 +20,8 @@ struct Isa {
 
   static constexpr int kLanes = 4;
   static constexpr int kDirectBits = 8;
-  static constexpr int kWideBits = 9;  // never: sums are 32 bits wide
+  static constexpr int kWideBits = 9;     // never: sums are 32 bits wide
+  static constexpr int kCentredBits = 9;  // never, likewise
   static constexpr int kWideRows = 1;
   static constexpr int kGemvVectors = 2;
   static constexpr int kGemmRows = 2;
@@ -45,6 +46,24 @@ struct Isa {
   }
   static ONNXQ_INLINE Bytes Or(Bytes a, Bytes b) { return a | b; }
   static ONNXQ_INLINE Bytes Quad(const int8_t* p) { return Bytes{} + LoadAs<uint32_t>(p); }
+
+  /// A table of bytes.
+  template <int kEntries>
+  struct Levels {
+    const uint8_t* table;
+    explicit ONNXQ_INLINE Levels(const uint8_t* entries) : table(entries) {}
+    ONNXQ_INLINE Bytes Look(Bytes low) const {
+      Bytes out{};
+      for (int i = 0; i < kLanes; ++i)
+        for (int bit = 0; bit < 32; bit += 8) out[i] |= uint32_t{table[low[i] >> bit & 255u]} << bit;
+      return out;
+    }
+    /// Bit 4 of an index is the highest bit of a byte of bit4, as bit 5 is in bit5.
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4) const { return Look(low | (bit4 >> 3 & 0x10101010u)); }
+    ONNXQ_INLINE Bytes Look(Bytes low, Bytes bit4, Bytes bit5) const {
+      return Look(low | (bit5 >> 2 & 0x20202020u), bit4);
+    }
+  };
 
   static ONNXQ_INLINE Partial ZeroPartial() { return Partial{}; }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
