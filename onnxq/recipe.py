@@ -14,12 +14,17 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from onnxq.errors import RecipeError
+from onnxq.formats.codebook import CodebookFormat
+from onnxq.formats.files import AnyFormat
+from onnxq.formats.framed import FramedFormat
+from onnxq.formats.tables import GAUSSIAN_TABLES
 from onnxq.formats.uniform import UniformFormat, ZeroPoint
 
 GroupSize = int | Literal["column"]
@@ -58,11 +63,15 @@ class GridSpec:
         group_size: weights along K that share a step: a multiple of 32, or "column".
         zero_point: see `onnxq.formats.uniform.ZeroPoint`; "auto" is the better of midrise and integer at 1 and
             2 bits and per-group above, and with target "stock" what stock ONNX Runtime can hold.
+        window: levels of a table instead of equal steps, looked up by so many bits: the code's own and those of the
+            codes before it (see `onnxq.formats.codebook`). For weights in a frame, which are Gaussian. Where there is
+            no table (more than 4 bits, target "stock", weights that look-ups read), the grid is uniform.
     """
 
     bits: int = 4
     group_size: GroupSize = 64
     zero_point: ZeroPointName = "auto"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _require_choices(self)
@@ -70,10 +79,21 @@ class GridSpec:
         size = self.group_size
         whole = size == "column" or (isinstance(size, int) and size >= 32 and size % 32 == 0)
         _require(whole, f'group_size is {self.group_size}; it must be a multiple of 32, or "column"')
+        windows = sorted({window for _, window in GAUSSIAN_TABLES})
+        valid = self.window is None or self.window in windows
+        _require(valid, f"window is {self.window}; it must be one of {', '.join(map(str, windows))}, or null")
 
-    def formats(self, target: str) -> tuple[UniformFormat, ...]:
-        """The formats that the grid allows, all at one price; the solver keeps the one with the least loss."""
+    def formats(self, target: str, *, tables: bool = True) -> tuple[UniformFormat | CodebookFormat, ...]:
+        """The formats that the grid allows, all at one price; the solver keeps the one with the least loss.
+
+        Args:
+            target: see `Recipe`.
+            tables: whether levels may come from a table: no look-up reads the weight.
+        """
         group = None if self.group_size == "column" else self.group_size
+        if self.window is not None and target != "stock" and tables and (self.bits, self.window) in GAUSSIAN_TABLES:
+            # Equal steps are better where feedback is so strong that a table's range or its short runs don't suit.
+            return CodebookFormat(self.bits, self.window, group), UniformFormat(self.bits, group, ZeroPoint.MIDRISE)
         return tuple(UniformFormat(self.bits, group, zero_point) for zero_point in self._zero_points(target))
 
     def _zero_points(self, target: str) -> tuple[ZeroPoint, ...]:
@@ -89,11 +109,43 @@ class GridSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrameSpec:
+    """Round in the domain of a frame (`onnxq.frames`).
+
+    Attributes:
+        redundancy: coefficients per input, 1 to 8; 1 is a rotation. Numbers of coefficients are whole multiples of 32:
+            the report says what became of it.
+        output_redundancy: of a frame on the output side too; null for none. It costs a second transform.
+    """
+
+    redundancy: float = 1.0
+    output_redundancy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("redundancy", "output_redundancy"):
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= 8, f"{name} is {value}; it must be 1 to 8, such as 1.125")
+
+    def around(self, format: UniformFormat | CodebookFormat, seed: int) -> FramedFormat:
+        """The format of the coefficients."""
+        output = None if self.output_redundancy is None else _as_fraction(self.output_redundancy)
+        return FramedFormat(format, _as_fraction(self.redundancy), output, seed)
+
+
+def _as_fraction(value: float) -> Fraction:
+    """1.1 is 11/10, whatever the float nearest to it."""
+    return Fraction(value).limit_denominator(1000)
+
+
+@dataclasses.dataclass(frozen=True)
 class SolverSpec:
     """What chooses the codes.
 
     Attributes:
         name: "error-feedback" (GPTQ/LDLQ; needs calibration data) or "nearest".
+        levels: "search" for the steps of least error, or published rules: "min-max" (GPTQ) levels span a row's range,
+            "two-sigma" (FrameQuant) ones two of its standard deviations, and what lies outside is clipped. Rules need
+            a grid of one group a column with per-group-integer zero points.
         damping: share of the mean diagonal that is added to the second moment's diagonal.
         order: in which order inputs are rounded, "activation" or "natural".
         refit: fit steps to the codes afterwards, under the whole second moment.
@@ -101,6 +153,7 @@ class SolverSpec:
     """
 
     name: Literal["error-feedback", "nearest"] = "error-feedback"
+    levels: Literal["search", "min-max", "two-sigma"] = "search"
     damping: float = 0.01
     order: Literal["activation", "natural"] = "activation"
     refit: bool = True
@@ -118,16 +171,27 @@ class LinearPlan:
 
     Attributes:
         grid: how they are stored.
+        frame: the domain that they are stored in; null for their own.
         solver: what chooses the codes.
         activations: "int8" (fast) or "float32" (exact) activations of the kernel.
     """
 
     grid: GridSpec = GridSpec()
+    frame: FrameSpec | None = None
     solver: SolverSpec = SolverSpec()
     activations: Literal["int8", "float32"] = "int8"
 
     def __post_init__(self) -> None:
         _require_choices(self)
+        self.require_levels(self.grid, "grid")
+
+    def require_levels(self, grid: GridSpec, where: str) -> None:
+        """Refuse a grid that the solver's rule of levels does not fit."""
+        fits = grid.group_size == "column" and grid.zero_point == "per-group-integer" and grid.window is None
+        _require(
+            fits or self.solver.levels == "search",
+            f'{where}: levels {self.solver.levels!r} need group_size "column" and zero_point "per-group-integer"',
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +245,41 @@ class CalibrationSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class AllocationSpec:
+    """How a budget (`--size`, `--bits`) weighs the errors of different weights.
+
+    Attributes:
+        sensitivity: "gradient": by what they do to the final outputs (`onnxq.sensitivity`); needs calibration data
+            and torch, and the report says where one is missing. "layer": by each weight's own relative error.
+        samples: at most so many of the calibration samples for the gradients.
+    """
+
+    sensitivity: Literal["gradient", "layer"] = "gradient"
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        _require(self.samples >= 1, f"samples is {self.samples}; it must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationSpec:
+    """A short training of scales, biases and norms after rounding (`onnxq.distillation`); needs torch.
+
+    Attributes:
+        steps: batches of calibration data to train on.
+        rate: learning rate, relative to what is trained.
+    """
+
+    steps: int = 200
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps is {self.steps}; it must be 1 or more")
+        _require(0 < self.rate <= 1, f"rate is {self.rate}; it must be above 0 and at most 1, such as 0.01")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One run.
 
@@ -191,6 +290,8 @@ class Recipe:
         rules: exceptions by name.
         min_elements: smaller weights stay in float.
         calibration: see `CalibrationSpec`.
+        allocation: see `AllocationSpec`.
+        distillation: see `DistillationSpec`; null for none.
         target: "kernel" (custom ops with function bodies) or "stock" (what stock ONNX Runtime runs fast).
         seed: of everything drawn at random.
     """
@@ -202,17 +303,42 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     min_elements: int = 4096
     calibration: CalibrationSpec = CalibrationSpec()
+    allocation: AllocationSpec = AllocationSpec()
+    distillation: DistillationSpec | None = None
     target: Literal["kernel", "stock"] = "kernel"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require_choices(self)
+        for index, rule in enumerate(self.rules):
+            if rule.grid is not None:
+                self.linear.require_levels(rule.grid, f"rules[{index}].grid")
         _require(self.min_elements >= 0, f"min_elements is {self.min_elements}; it must be 0 or more")
         if self.target == "stock":
             _require_whole_zeros(self.linear.grid, "linear.grid")
             _require_whole_zeros(self.tables.grid, "tables.grid")
             for index, rule in enumerate(self.rules):
                 _require_whole_zeros(rule.grid, f"rules[{index}].grid")
+
+    def formats(self, grid: GridSpec, *, products: bool, look_ups: bool) -> tuple[AnyFormat, ...]:
+        """How a weight may be stored on a grid, all at one price.
+
+        Args:
+            grid: the grid.
+            products, look_ups: what reads the weight. Frames are for products.
+        """
+        formats = grid.formats(self.target, tables=products and not look_ups)
+        frame = self.linear.frame
+        if frame is None or not products:
+            return formats
+        if look_ups:  # rows are looked up one by one: nothing may mix them
+            frame = dataclasses.replace(frame, output_redundancy=None)
+        if isinstance(formats[0], UniformFormat) and grid.zero_point == "auto":
+            # Coefficients are Gaussian, so levels about zero are best; stock ONNX Runtime holds them for whole rows.
+            held = grid.group_size == "column" and grid.bits in (2, 4) and not look_ups
+            if self.target != "stock" or held:
+                formats = (dataclasses.replace(formats[0], zero_point=ZeroPoint.MIDRISE),)
+        return tuple(frame.around(format, self.seed) for format in formats)
 
     def rule_for(self, names: Sequence[str]) -> Rule | None:
         """The first rule that matches one of the names of a weight and its sites."""
@@ -328,6 +454,20 @@ _PRESETS = {
             "uniform-sequential",
             "As uniform, with statistics of each block taken behind the quantised ones before it.",
             calibration=CalibrationSpec(sequential=True),
+        ),
+        Recipe(
+            "framequant",
+            "2 bits: rotated weights, a trellis code of 16 levels, error feedback; more with --redundancy.",
+            linear=LinearPlan(grid=GridSpec(2, "column", window=4), frame=FrameSpec()),
+        ),
+        Recipe(
+            "framequant-paper",
+            "2 bits as FrameQuant published it: frames of redundancy 1.125, two-sigma levels, integer zero points.",
+            linear=LinearPlan(
+                grid=GridSpec(2, "column", "per-group-integer"),
+                frame=FrameSpec(1.125),
+                solver=SolverSpec(levels="two-sigma", order="natural", refit=False),
+            ),
         ),
     )
 }

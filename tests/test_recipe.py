@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from onnxq.errors import RecipeError
-from onnxq.formats.uniform import ZeroPoint
+from onnxq.formats.codebook import CodebookFormat
+from onnxq.formats.framed import FramedFormat
+from onnxq.formats.uniform import UniformFormat, ZeroPoint
 from onnxq.recipe import (
+    AllocationSpec,
     CalibrationSpec,
+    DistillationSpec,
+    FrameSpec,
     GridSpec,
     LinearPlan,
     Recipe,
@@ -22,12 +28,19 @@ from onnxq.recipe import (
 
 FULL = Recipe(
     "everything",
-    "No field at its default.",
-    linear=LinearPlan(GridSpec(3, "column", "integer"), SolverSpec("nearest", 0.1, "natural", False, 2), "float32"),
+    "Every field somewhere not at its default.",
+    linear=LinearPlan(
+        GridSpec(3, "column", "per-group-integer"),
+        FrameSpec(1.25, 1.5),
+        SolverSpec("nearest", "min-max", 0.1, "natural", False, 2),
+        "float32",
+    ),
     tables=TablePlan(None),
-    rules=(Rule("*.0.*", keep=True), Rule("head", grid=GridSpec(8, 32, "per-group-integer"))),
+    rules=(Rule("*.0.*", keep=True), Rule("head", grid=GridSpec(8, 32, "per-group-integer", 6))),
     min_elements=7,
     calibration=CalibrationSpec(3, 2, 1, True),
+    allocation=AllocationSpec("layer", 3),
+    distillation=DistillationSpec(3, 0.5),
     target="stock",
     seed=5,
 )
@@ -41,16 +54,27 @@ def test_yaml_brings_back_the_same_recipe(recipe: Recipe, tmp_path: Path) -> Non
     assert Recipe.load(path) == recipe
 
 
-def test_no_field_of_the_full_recipe_is_at_its_default() -> None:
+def test_every_field_of_the_full_recipe_is_somewhere_not_at_its_default() -> None:
     """Keeps the round trip above honest when a field is added."""
+    missing = {}
 
-    def differs(record: Any) -> None:
-        for field in dataclasses.fields(record):
-            if field.default is not dataclasses.MISSING:
-                assert getattr(record, field.name) != field.default, field.name
+    def look(value: Any) -> None:
+        if isinstance(value, tuple):
+            for item in value:
+                look(item)
+        if not dataclasses.is_dataclass(value):
+            return
+        for field in dataclasses.fields(value):
+            key = f"{type(value).__name__}.{field.name}"
+            differs = getattr(value, field.name) != field.default
+            missing[key] = missing.get(key, True) and not differs
+            look(getattr(value, field.name))
 
-    for record in (FULL, FULL.linear, FULL.linear.grid, FULL.linear.solver, FULL.tables, FULL.calibration):
-        differs(record)
+    look(FULL)
+    assert [key for key, never in missing.items() if never] == []
+    assert "GridSpec.window" in missing
+    assert "FrameSpec.output_redundancy" in missing
+    assert "DistillationSpec.rate" in missing
 
 
 def test_what_is_left_out_has_its_default() -> None:
@@ -90,6 +114,13 @@ def test_a_whole_number_is_a_number() -> None:
         ("linear: {solver: {sweeps: -1}}", "sweeps is -1; it must be 0 or more"),
         ("linear: {solver: {refit: 1}}", "refit must be true or false, not 1"),
         ("linear: {activations: int4}", r"'int4'.*Did you mean 'int8'\?"),
+        ("linear: {frame: {redundancy: 0.9}}", r"redundancy is 0\.9; it must be 1 to 8, such as 1\.125"),
+        ("linear: {frame: {output_redundancy: 9}}", r"output_redundancy is 9\.0; it must be 1 to 8"),
+        ("linear: {frame: {redundancey: 1}}", r"linear\.frame has no key 'redundancey'. Did you mean 'redundancy'\?"),
+        ("linear: {grid: {window: 5}}", "window is 5; it must be one of 2, 3, 4, 6, or null"),
+        ("linear: {solver: {levels: minmax}}", r"levels is 'minmax'.*Did you mean 'min-max'\?"),
+        ("linear: {solver: {levels: two-sigma}}", "levels 'two-sigma' need a grid of group_size \"column\""),
+        ("distillation: {steps: 0}", "steps is 0; it must be 1 or more"),
         ("linear: 4", "recipe.linear must be a mapping of keys, not 4"),
         ("rules: {match: a}", "rules must be a list"),
         ("rules: [{match: a}]", r"recipe\.rules\[0\]: the rule for 'a' must say either keep or grid"),
@@ -150,6 +181,25 @@ def test_auto_zero_points_depend_on_width_and_target() -> None:
     assert [format.zero_point for format in GridSpec(2).formats("kernel")] == [ZeroPoint.MIDRISE, ZeroPoint.INTEGER]
 
 
+def test_a_window_means_levels_from_a_table_where_there_is_one() -> None:
+    trellis, equal = GridSpec(2, "column", window=4).formats("kernel")
+    assert trellis == CodebookFormat(2, 4)
+    assert equal == UniformFormat(2, None, ZeroPoint.MIDRISE)
+    for grid, target, tables in (
+        (GridSpec(2, "column", window=4), "stock", True),
+        (GridSpec(2, "column", window=4), "kernel", False),
+        (GridSpec(5, "column", window=6), "kernel", True),
+    ):
+        formats = grid.formats(target, tables=tables)
+        assert all(isinstance(format, UniformFormat) for format in formats), (grid, target, tables)
+
+
+@pytest.mark.parametrize(("redundancy", "exact"), [(1.1, Fraction(11, 10)), (1.125, Fraction(9, 8)), (1, Fraction(1))])
+def test_a_redundancy_is_the_fraction_that_was_meant(redundancy: float, exact: Fraction) -> None:
+    framed = FrameSpec(redundancy, redundancy).around(UniformFormat(2), seed=4)
+    assert framed == FramedFormat(UniformFormat(2), exact, exact, 4)
+
+
 def test_a_column_is_no_group_size() -> None:
     assert GridSpec(4, "column").formats("kernel")[0].group_size is None
     assert GridSpec(4, 96).formats("kernel")[0].group_size == 96
@@ -189,3 +239,9 @@ def test_uniform_recipe_sets_widths() -> None:
     assert recipe.tables.grid == GridSpec(4, 128)
     assert uniform_recipe(6).tables.grid == GridSpec(6, 64)
     assert uniform_recipe(6, table_bits=3, target="stock").tables.grid == GridSpec(3, 64)
+
+
+def test_levels_by_rule_hold_for_the_grids_of_rules_too() -> None:
+    paper = presets()["framequant-paper"]
+    with pytest.raises(RecipeError, match=r"rules\[0\].grid: levels 'two-sigma' need group_size"):
+        dataclasses.replace(paper, rules=(Rule("*", grid=GridSpec(4, 64)),))

@@ -18,6 +18,9 @@ from onnxq.errors import BudgetError
 T = TypeVar("T")
 
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]?)(i?)[bB]?\s*")
+_TRIALS = 16
+"""Large steps that are tried at the others' expense."""
+
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3}
 
 
@@ -69,6 +72,9 @@ def _slope(a: Point[T], b: Point[T]) -> float:
 def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict[str, Point[T]]:
     """Chooses a point of every curve so that the bits stay within the budget and the summed loss is small.
 
+    A step that is due but too large for what is left, as with a table that is half of the model, is tried once more
+    with its weight set to it from the start and the others on the rest, and kept where that is better.
+
     Args:
         curves: the points of each weight; at least one each.
         budget_bits: ceiling of the summed bits.
@@ -77,27 +83,61 @@ def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict
         BudgetError: the cheapest points together are above the budget; the message says the floor.
     """
     hulls = {name: lower_hull(points) for name, points in curves.items()}
-    chosen = dict.fromkeys(hulls, 0)
-    spent = sum(hull[0].bits for hull in hulls.values())
-    if spent > budget_bits:
+    floor = sum(hull[0].bits for hull in hulls.values())
+    if floor > budget_bits:
         raise BudgetError(
             f"The budget of {budget_bits / 8:,.0f} bytes for {len(hulls)} weights is below the floor of "
-            f"{spent / 8:,.0f} bytes, the cheapest that the allowed formats come to."
+            f"{floor / 8:,.0f} bytes, the cheapest that the allowed formats come to."
         )
-    steps = [(-_slope(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
+    start = dict.fromkeys(hulls, 0)
+    best, blocked = _walk(curves, hulls, start, budget_bits)
+    for _ in range(_TRIALS):
+        if not blocked:
+            break
+        (name, index), *blocked = blocked
+        raised = {**start, name: index}
+        if sum(hulls[key][at].bits for key, at in raised.items()) > budget_bits:
+            continue
+        picks, next_blocked = _walk(curves, hulls, raised, budget_bits)
+        if _loss(picks) < _loss(best):
+            best, start, blocked = picks, raised, next_blocked
+    return best
+
+
+def _loss(picks: Mapping[str, Point[T]]) -> float:
+    return sum(point.loss for point in picks.values())
+
+
+def _walk(
+    curves: Mapping[str, Sequence[Point[T]]], hulls: Mapping[str, list[Point[T]]], start: dict[str, int], budget: int
+) -> tuple[dict[str, Point[T]], list[tuple[str, int]]]:
+    """All hulls at once by falling gain per bit from `start` on; and the steps that did not fit, largest first.
+
+    A weight whose step is too large stays where it is: what lies beyond has less gain and costs more.
+    """
+    chosen = dict(start)
+    spent = sum(hulls[name][index].bits for name, index in chosen.items())
+    steps = [
+        (-_slope(hulls[name][index], hulls[name][index + 1]), name)
+        for name, index in chosen.items()
+        if index + 1 < len(hulls[name])
+    ]
     heapq.heapify(steps)
+    blocked: list[tuple[int, str, int]] = []
     while steps:
         _, name = heapq.heappop(steps)
         hull, index = hulls[name], chosen[name]
         extra = hull[index + 1].bits - hull[index].bits
-        if spent + extra > budget_bits:
+        if spent + extra > budget:
+            blocked.append((extra, name, index + 1))
             continue
         spent += extra
         chosen[name] = index + 1
         if index + 2 < len(hull):
             heapq.heappush(steps, (-_slope(hull[index + 1], hull[index + 2]), name))
     picks = {name: hulls[name][index] for name, index in chosen.items()}
-    return _spend_rest(curves, picks, budget_bits - spent)
+    largest = [(name, index) for _, name, index in sorted(blocked, reverse=True)]
+    return _spend_rest(curves, picks, budget - spent), largest
 
 
 def _spend_rest(curves: Mapping[str, Sequence[Point[T]]], picks: dict[str, Point[T]], rest: int) -> dict[str, Point[T]]:

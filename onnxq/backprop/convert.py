@@ -67,17 +67,18 @@ def onnx_type(dtype: torch.dtype) -> ir.DataType:
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """An array as a tensor on the CPU that shares its memory where torch has the type (rules 2 and 3).
+    """An array as a tensor on torch's default device; on the CPU it shares memory where torch has the type.
 
-    float16 and bfloat16 keep their type, so that a stored weight is not copied; see `widened`.
+    See rules 2 and 3. float16 and bfloat16 keep their type, so that a stored weight is not copied; see `widened`.
 
     Raises:
         ModelError: a type that torch has no counterpart of.
     """
+    device = torch.get_default_device()
     if array.dtype in _WIDENED:
-        return torch.from_numpy(array.astype(np.int64))
+        return torch.from_numpy(array.astype(np.int64)).to(device)
     if array.dtype in _SMALL_INTEGERS:
-        return torch.from_numpy(array.astype(np.int8))
+        return torch.from_numpy(array.astype(np.int8)).to(device)
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
     half = array.dtype == np.dtype(ml_dtypes.bfloat16)
@@ -88,7 +89,7 @@ def from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
             tensor = torch.from_numpy(array.view(np.int16) if half else array)
     except TypeError as error:
         raise ModelError(f"arrays of {array.dtype} can't be computed with gradients") from error
-    return tensor.view(torch.bfloat16) if half else tensor
+    return (tensor.view(torch.bfloat16) if half else tensor).to(device)
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

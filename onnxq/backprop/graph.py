@@ -20,7 +20,9 @@ from onnxq.graph.tensors import read_array
 
 
 class TorchGraph:
-    """A model that torch can run and differentiate, on the CPU.
+    """A model that torch can run and differentiate.
+
+    It runs on torch's default device; build and run it under one ``torch.device("cuda")`` to use a GPU.
 
     Numbers are those of the ONNX operators in float32 (float64 where the model says so): float16 and bfloat16 models
     are computed in float32. Integers, and so all shapes, are exact.

@@ -46,26 +46,31 @@ def adjusted_recipe(
     *,
     width: int | None,
     group_size: int | Literal["column"] | None,
+    redundancy: float | None,
     target: Literal["kernel", "stock"] | None,
     seed: int | None,
 ) -> Recipe:
     """A recipe with the options of the command line put in.
 
-    A width holds for the weights of products; tables take it too, but 4 bits at least. A recipe's rules stay.
+    A width holds for the weights of products; tables take it too, but 4 bits at least. A redundancy puts them in a
+    frame. A recipe's rules stay.
 
     Raises:
         RecipeError: no such recipe, or a value out of range.
     """
-    from onnxq.recipe import Recipe
+    from onnxq.recipe import FrameSpec, Recipe
 
     recipe = Recipe.load(name)
-    linear = _adjusted(recipe.linear.grid, width, group_size)
+    linear = dataclasses.replace(recipe.linear, grid=_adjusted(recipe.linear.grid, width, group_size))
+    if redundancy is not None:
+        frame = dataclasses.replace(linear.frame or FrameSpec(), redundancy=redundancy)
+        linear = dataclasses.replace(linear, frame=frame)
     tables = recipe.tables.grid
     if tables is not None:
         tables = _adjusted(tables, None if width is None else max(width, 4), group_size)
     return dataclasses.replace(
         recipe,
-        linear=dataclasses.replace(recipe.linear, grid=linear),
+        linear=linear,
         tables=dataclasses.replace(recipe.tables, grid=tables),
         target=recipe.target if target is None else target,
         seed=recipe.seed if seed is None else seed,

@@ -48,6 +48,12 @@ def command(
     group_size: Annotated[
         str | None, typer.Option(help="Weights that share a scale: a multiple of 32, or 'column'.")
     ] = None,
+    redundancy: Annotated[
+        float | None,
+        typer.Option(
+            help="Round in a frame with so many coefficients per input: 1 is a rotation, 1.125 a little more."
+        ),
+    ] = None,
     target: Annotated[
         Literal["kernel", "stock"] | None,
         typer.Option(help="kernel: our ops with function bodies. stock: what stock ONNX Runtime runs fast."),
@@ -62,7 +68,14 @@ def command(
     """Rewrite a model's weights to a few bits."""
     if width is not None and (size is not None or bits is not None):
         raise BudgetError("--width fixes the bits that --size and --bits would choose: give one or the other.")
-    chosen = adjusted_recipe(recipe, width=width, group_size=parse_group_size(group_size), target=target, seed=seed)
+    chosen = adjusted_recipe(
+        recipe,
+        width=width,
+        group_size=parse_group_size(group_size),
+        redundancy=redundancy,
+        target=target,
+        seed=seed,
+    )
 
     from onnxq.allocation.budget import parse_size
     from onnxq.cli.progress import RichProgress

@@ -10,18 +10,15 @@ from torch import Tensor
 
 from onnxq.backprop import TorchGraph
 from onnxq.calibration.inputs import Feed
-from onnxq.calibration.masks import MaskRules
-from onnxq.calibration.taps import Tap
-from onnxq.errors import CalibrationError, ModelError
-
-LOGITS = "logits"
+from onnxq.calibration.output_rows import LOGITS, OutputRows
+from onnxq.errors import CalibrationError
 
 
 class Objective:
     """A loss over some outputs: their sum, each 0 where the models agree.
 
     1. Without a choice: ``logits`` where there is such an output, else every float output that is no cache
-       (``present...``).
+       (see `onnxq.calibration.output_rows.OutputRows`).
     2. Outputs named ``logits``: the Kullback-Leibler divergence of the float model's distribution from ours, in nats,
        averaged over rows.
     3. Others: the squared error divided by the squares of the float model's.
@@ -32,16 +29,8 @@ class Objective:
     """
 
     def __init__(self, graph: TorchGraph, outputs: tuple[str, ...] | None) -> None:
-        if outputs is None:  # rule 1
-            proper = tuple(name for name in graph.outputs if not name.startswith("present"))
-            outputs = (LOGITS,) if LOGITS in proper else proper
-        unknown = [name for name in outputs if name not in graph.outputs]
-        if unknown or not outputs:
-            raise ModelError(f"The model has no output {unknown}; it has {', '.join(graph.outputs)}.")
-        self.outputs = outputs
-        values = {str(value.name): value for value in graph.model.graph.outputs}
-        self._taps = {name: Tap(name, values[name], "diagonal", "linear", "right", None, (name,)) for name in outputs}
-        self._masks = MaskRules(graph.model, list(self._taps.values()))
+        self._rules = OutputRows(graph.model, outputs)
+        self.outputs = self._rules.names
 
     def loss(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], feed: Feed) -> Tensor:
         """The loss of one batch, a scalar.
@@ -67,10 +56,8 @@ class Objective:
 
     def _rows(self, name: str, output: Tensor, feed: Feed) -> Tensor:
         """The output as rows that count (rule 4)."""
-        if output.dim() < 2:
-            return output.reshape(1, -1)
-        keep = self._masks.keep(self._taps[name], tuple(output.shape[:-1]), feed)
-        rows = output.reshape(-1, output.shape[-1])
+        keep = self._rules.keep(name, output.shape, feed)
+        rows = output.reshape(1, -1) if output.dim() < 2 else output.reshape(-1, output.shape[-1])
         return rows if keep is None else rows[torch.from_numpy(np.ascontiguousarray(keep))]
 
 

@@ -16,7 +16,8 @@ Rules (cited in the code):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,8 @@ from onnxq.graph.sites import Site
 from onnxq.graph.tensors import constant_tensor
 from onnxq.graph.weights import Weight
 from onnxq.passes.forms.base import StoredWeight, constant
+from onnxq.passes.forms.framed import TRANSFORM_PROPERTY
+from onnxq.passes.share import ShareTransformsPass
 
 WEIGHT_PROPERTY = "onnxq.weight"
 """Metadata key of a rewritten node: which weight it reads."""
@@ -74,19 +77,22 @@ class RewriteSitesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the module's docstring."""
         needed: set[str] = set()
+        names = _fresh_names(model)
         opset = model.graph.opset_imports[""]
         for assignment in self._assignments:
             kinds = {site.kind for site in assignment.weight.sites}
             for part in assignment.parts:
                 for value in part.tensors.values():
-                    model.graph.register_initializer(value)
+                    if value.name not in model.graph.initializers:  # weights share some
+                        model.graph.register_initializer(value)
                 needed.update(part.form.functions(part, linear="linear" in kinds, table="table" in kinds))
             for site in assignment.weight.sites:
-                _rewrite(site, assignment)
+                _rewrite(site, assignment, names)
         for op_type in sorted(needed):
             for function in ops.functions_for(op_type, opset):
                 model.functions.setdefault(function.identifier(), function)
         _declare(model, bool(needed))
+        ShareTransformsPass()(model)
         RemoveDeadPass()(model)
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # onnx_ir leaves its __init__ untyped
         return ir.passes.PassResult(model, bool(self._assignments))
@@ -107,7 +113,13 @@ def _declare(model: ir.Model, functions: bool) -> None:
             model.ir_version = max(model.ir_version, _IR_VERSION_OF_BITS.get(bits, 0))
 
 
-def _rewrite(site: Site, assignment: Assignment) -> None:
+def _fresh_names(model: ir.Model) -> Iterator[str]:
+    """Names for values that no graph has: left to itself each graph would count from the start, and branches shadow."""
+    taken = {value.name for graph in model.graphs() for node in graph for value in node.outputs}
+    return (name for count in itertools.count() if (name := f"onnxq.val.{count}") not in taken)
+
+
+def _rewrite(site: Site, assignment: Assignment, names: Iterator[str]) -> None:
     tape = ir.tape.Tape()
     site_name = site.node.name
     replaced = [site.node]
@@ -118,6 +130,8 @@ def _rewrite(site: Site, assignment: Assignment) -> None:
         replaced += extra
     for node in tape.nodes:
         node.metadata_props[WEIGHT_PROPERTY] = assignment.weight.name
+        for value in node.outputs:
+            value.name = value.name or next(names)
         if site_name:
             product = node is result.producer() or node.domain in (ops.DOMAIN, "com.microsoft")
             node.name = site_name if product else None
@@ -156,6 +170,7 @@ def _linear(tape: ir.tape.Tape, site: Site, assignment: Assignment) -> tuple[ir.
     if not single:  # Rule 4
         cast = tape.op("Cast", [x], {"to": int(ir.DataType.FLOAT)})
         cast.shape = x.shape
+        tape.nodes[-1].metadata_props[TRANSFORM_PROPERTY] = "cast"
         x = cast
     if site.node.op_type == "Gemm":
         return _gemm(tape, site, x, assignment), []

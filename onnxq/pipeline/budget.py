@@ -1,33 +1,29 @@
 """`--size`, `--bits` and `--table-bits`: a width for every weight, so that a ceiling holds.
 
-The curves are measured: the error of nearest rounding at every width, weighted by the inputs' mean squares where there
-is calibration data, on evenly spaced rows of each weight. Prices are the formats' own.
+The curves are measured (`onnxq.pipeline.curves`), and one Lagrangian spends each ceiling over them
+(`onnxq.allocation.budget`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxq import ops
 from onnxq.allocation.budget import Point, allocate
 from onnxq.calibration import Collected
 from onnxq.errors import BudgetError, RecipeError
-from onnxq.formats.uniform import UniformFormat
+from onnxq.formats.framed import FramedFormat, frames_of
+from onnxq.frames import Frame
 from onnxq.graph import LoadedModel
+from onnxq.pipeline.curves import Curve, Formats, measure_curves
 from onnxq.pipeline.plan import Plan, Planned
-from onnxq.pipeline.solve import statistics_of
 from onnxq.progress import Progress
-from onnxq.recipe import GridSpec, Recipe
-from onnxq.solvers.nearest import nearest
-
-WIDTHS = tuple(range(1, 9))
-_STOCK_WIDTHS = (2, 4, 8)
-_CURVE_ROWS = 256
-"""Rows of a weight that its curve is measured on."""
+from onnxq.recipe import Recipe
+from onnxq.report.records import BudgetRecord
+from onnxq.sensitivity import Sensitivities
 
 # What the .onnx file grows by for one weight: three initializers, a longer node, a line in the report.
 _GRAPH_BYTES_PER_WEIGHT = 1500
@@ -63,92 +59,119 @@ class Budget:
         return self.size is not None or self.bits is not None or self.table_bits is not None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Weights that one ceiling is spent on.
+
+    Attributes:
+        record: the ceiling; floor and got are not known yet.
+        items: the weights.
+        bits: what they may take.
+        fixed: bytes of the ceiling that are no weights.
+        unit: bits of the weights that one unit of the record stands for.
+    """
+
+    record: BudgetRecord
+    items: tuple[Planned, ...]
+    bits: int
+    fixed: int
+    unit: int
+
+    def told(self, bits: int) -> float:
+        """Bits of the weights in the record's unit: bytes of the whole model, or mean bits."""
+        return self.fixed + -(-bits // 8) if self.record.what == "size" else bits / self.unit
+
+
 def fit_budget(
-    budget: Budget, plan: Plan, recipe: Recipe, loaded: LoadedModel, statistics: Collected | None, progress: Progress
-) -> Plan:
+    budget: Budget,
+    plan: Plan,
+    recipe: Recipe,
+    loaded: LoadedModel,
+    statistics: Collected | None,
+    progress: Progress,
+    sensitivities: Sensitivities | None = None,
+) -> tuple[Plan, tuple[BudgetRecord, ...]]:
     """The plan with widths chosen so that the budget holds.
+
+    Args:
+        budget: the ceilings.
+        plan, recipe, loaded: what to spend them on.
+        statistics: mean squares of inputs, for rounding, and for losses where there are no sensitivities.
+        progress: follows the weights.
+        sensitivities: what errors do to the outputs; None weighs every weight by its relative error.
+
+    Returns:
+        The plan, and for each ceiling what was asked, the least that was possible, and what the plan comes to.
 
     Raises:
         BudgetError: the narrowest formats are above it; the message says the floor.
     """
-    linear = [item for item in plan.planned if "linear" in item.weight.kinds]
-    tables = [item for item in plan.planned if "linear" not in item.weight.kinds]
-    groups: list[tuple[list[Planned], int, str]] = []
-    if budget.size is not None:
-        fixed = fixed_bytes(loaded, plan)
-        groups.append(([*plan.planned], 8 * (budget.size - fixed), f"{fixed:,} bytes are not weights; "))
-    if budget.bits is not None:
-        groups.append((linear, int(budget.bits * _elements(linear)), ""))
-    if budget.table_bits is not None:
-        groups.append((tables, int(budget.table_bits * _elements(tables)), ""))
-    chosen: dict[str, tuple[UniformFormat, ...]] = {}
-    for items, bits, remark in groups:
-        if not items:
-            continue
-        progress.start("measuring rate and error", len(items))
-        curves = {}
-        for item in items:
-            curves[item.weight.name] = _curve(item, recipe, statistics)
-            progress.advance(1, item.weight.name)
-        chosen |= _allocate(curves, bits, remark, budget)
+    chosen: dict[str, Formats] = {}
+    records = []
+    for share in _shares(budget, plan, recipe, loaded):
+        curves = measure_curves(share.items, recipe, statistics, sensitivities, progress)
+        floor = share.told(sum(min(point.bits for point in curve) for curve in curves.values()))
+        picks = _allocate(curves, share, floor)
+        got = share.told(sum(point.bits for point in picks.values()))
+        records.append(dataclasses.replace(share.record, floor=floor, got=got))
+        chosen |= {name: point.choice for name, point in picks.items()}
     planned = tuple(
         dataclasses.replace(item, formats=chosen.get(item.weight.name, item.formats)) for item in plan.planned
     )
-    return dataclasses.replace(plan, planned=planned)
+    return dataclasses.replace(plan, planned=planned), tuple(records)
 
 
-def _allocate(
-    curves: dict[str, list[Point[tuple[UniformFormat, ...]]]], bits: int, remark: str, budget: Budget
-) -> dict[str, tuple[UniformFormat, ...]]:
+def _shares(budget: Budget, plan: Plan, recipe: Recipe, loaded: LoadedModel) -> Iterator[_Share]:
+    linear = tuple(item for item in plan.planned if "linear" in item.weight.kinds)
+    tables = tuple(item for item in plan.planned if "linear" not in item.weight.kinds)
+    if budget.size is not None:
+        fixed = fixed_bytes(loaded, plan, stock=recipe.target == "stock")
+        yield _Share(BudgetRecord("size", budget.size), plan.planned, 8 * (budget.size - fixed), fixed, 8)
+    for what, asked, items in (("bits", budget.bits, linear), ("table_bits", budget.table_bits, tables)):
+        if asked is not None and items:
+            elements = _elements(items)
+            yield _Share(BudgetRecord(what, asked), items, int(asked * elements), 0, elements)
+
+
+def _allocate(curves: dict[str, Curve], share: _Share, floor: float) -> dict[str, Point[Formats]]:
     try:
-        picks = allocate(curves, bits)
+        return allocate(curves, share.bits)
     except BudgetError as error:
-        floor = sum(min(point.bits for point in curve) for curve in curves.values())
-        if budget.size is None:
+        if share.record.what != "size":
             raise
-        total = budget.size - bits // 8 + -(-floor // 8)
         raise BudgetError(
-            f"A size of {budget.size:,} bytes is below the floor of {total:,} bytes for this model: {remark}"
-            f"the narrowest formats of its weights take {floor / 8:,.0f}."
+            f"A size of {share.record.asked:,} bytes is below the floor of {floor:,.0f} bytes for this model: "
+            f"{share.fixed:,} bytes are not weights; the narrowest formats of its weights take "
+            f"{floor - share.fixed:,.0f}."
         ) from error
-    return {name: point.choice for name, point in picks.items()}
 
 
 def _elements(items: Sequence[Planned]) -> int:
     return sum(item.weight.batch * item.weight.n * item.weight.k for item in items)
 
 
-def _curve(item: Planned, recipe: Recipe, statistics: Collected | None) -> list[Point[tuple[UniformFormat, ...]]]:
-    weight = item.weight
-    rows = weight.batch * weight.n
-    picked = np.unique(np.linspace(0, rows - 1, min(rows, _CURVE_ROWS)).astype(int))
-    sample = np.concatenate([weight.rows(row, row + 1) for row in picked])
-    seen = None if statistics is None else statistics_of(weight, statistics)
-    importance = None if seen is None else seen.diagonal
-    energy = _energy(sample, importance)
-    group = item.formats[0].group_size
-    points = []
-    for bits in _STOCK_WIDTHS if recipe.target == "stock" else WIDTHS:
-        formats = GridSpec(bits, "column" if group is None else group).formats(recipe.target)
-        rounded = (nearest(sample, format, importance).dequantize() for format in formats)
-        error = min(_energy(sample - decoded, importance) for decoded in rounded)
-        cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
-        if recipe.target == "stock":
-            # A form that stock ONNX Runtime reads from two places stores zero points that the format shares.
-            cost += rows * formats[0].groups(weight.k) * 8
-        points.append(Point(cost, error / energy if energy else 0.0, formats))
-    return points
+def _frames(plan: Plan) -> list[Frame]:
+    """The frames that a plan's weights share."""
+    frames = {}
+    for item in plan.planned:
+        format = item.formats[0]
+        if isinstance(format, FramedFormat):
+            for frame in frames_of(format, item.weight.n, item.weight.k):
+                if frame is not None:
+                    frames[frame.key] = frame
+    return list(frames.values())
 
 
-def _energy(rows: np.ndarray, importance: np.ndarray | None) -> float:
-    squares = np.square(rows, dtype=np.float64)
-    return float(squares.sum() if importance is None else (squares @ importance.astype(np.float64)).sum())
+def _frame_bytes(frame: Frame, stock: bool) -> int:
+    """Of what forms store of a frame: its own arrays, or the matrices of its transform."""
+    return sum(array.nbytes for array in frame.matrices().values()) if stock else frame.cost_bits() // 8
 
 
-def fixed_bytes(loaded: LoadedModel, plan: Plan) -> int:
+def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:
     """Upper bound of what the written files hold besides the weights: kept constants, graph, functions, report."""
     kept = sum(record.bytes + _ALIGNMENT + _REPORT_BYTES_PER_KEPT for record in plan.kept)
     kept += sum(item.weight.bytes for item in plan.planned if item.weight.other_uses)
+    kept += sum(_frame_bytes(frame, stock) + 3 * _ALIGNMENT for frame in _frames(plan))
     # The graph without its tensors: the source files less all that is stored in them.
     tensors = sum(record.bytes for record in plan.kept) + sum(item.weight.bytes for item in plan.planned)
     graph = max(loaded.bytes_on_disk - tensors, 0)

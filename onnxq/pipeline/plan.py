@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from onnxq.calibration.statistics import Level
-from onnxq.formats.uniform import UniformFormat
+from onnxq.formats.codebook import CodebookFormat
+from onnxq.formats.files import AnyFormat
+from onnxq.formats.framed import FramedFormat, frames_of
+from onnxq.frames import Frame
 from onnxq.graph import SiteReport, Weight
 from onnxq.passes.forms.kernel import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS
 from onnxq.passes.rewrite import site_refusal
-from onnxq.recipe import Recipe, SolverSpec
+from onnxq.recipe import GridSpec, Recipe, SolverSpec
 from onnxq.report.records import KeptRecord
 
 
@@ -21,13 +25,15 @@ class Planned:
         weight: where it is.
         formats: how it may be stored, all at one price; the one with the least loss is kept.
         solver: what will choose the codes.
+        grid: what the recipe asked for.
         accuracy_level: activations of its products, as in MatMulNBits.
         note: what the report should say of the plan, or empty.
     """
 
     weight: Weight
-    formats: tuple[UniformFormat, ...]
+    formats: tuple[AnyFormat, ...]
     solver: SolverSpec
+    grid: GridSpec
     accuracy_level: int
     note: str = ""
 
@@ -64,20 +70,21 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(found: SiteReport, recipe: Recipe, *, calibrated: bool) -> Plan:
+def make_plan(found: SiteReport, recipe: Recipe, *, calibrated: bool, folded: Collection[str] = ()) -> Plan:
     """Applies a recipe to the constants of a model.
 
     Args:
         found: the model's weights and the constants that are none.
         recipe: what to do.
         calibrated: whether there will be statistics.
+        folded: names of weights that are in their frame already.
     """
     planned: list[Planned] = []
     kept = [
         KeptRecord(item.name, tuple(item.shape), item.dtype.name, item.bytes, item.reason) for item in found.skipped
     ]
     for weight in found.weights:
-        decided = _decide(weight, recipe, calibrated)
+        decided = _decide(weight, _unframed(recipe) if weight.name in folded else recipe, calibrated)
         if isinstance(decided, Planned):
             planned.append(decided)
         else:
@@ -113,8 +120,46 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool) -> Planned | str:
     if not calibrated or not linear:
         # How often a row is looked up scales its whole error and moves no optimum: nearest is right for tables.
         solver = dataclasses.replace(solver, name="nearest")
+    if not linear:
+        solver = dataclasses.replace(solver, levels="search")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
-    planned = Planned(weight, grid.formats(recipe.target), solver, level)
+    formats = formats_for(weight, recipe, grid)
+    planned = Planned(weight, formats, solver, grid, level, _remark(weight, formats, grid))
     if planned.cost_bits >= 8 * weight.bytes:
         return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned
+
+
+def _unframed(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, linear=dataclasses.replace(recipe.linear, frame=None))
+
+
+def frame_of(weight: Weight, recipe: Recipe) -> Frame | None:
+    """The frame of the inputs that a recipe puts a weight in; None where there is none, or one of outputs beside it."""
+    rule = recipe.rule_for([weight.name, *(site.name for site in weight.sites)])
+    grid = recipe.linear.grid if rule is None or rule.grid is None else rule.grid
+    if (rule is not None and rule.keep) or weight.kinds != ("linear",) or weight.n * weight.k < recipe.min_elements:
+        return None
+    format = formats_for(weight, recipe, grid)[0]
+    if not isinstance(format, FramedFormat) or format.output_redundancy is not None:
+        return None
+    return frames_of(format, weight.n, weight.k)[0]
+
+
+def formats_for(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat, ...]:
+    """How a weight may be stored on a grid under a recipe, all at one price."""
+    return recipe.formats(grid, products="linear" in weight.kinds, look_ups="table" in weight.kinds)
+
+
+def _remark(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> str:
+    """What became of wishes that sizes or readers don't allow."""
+    remarks = []
+    framed = formats[0] if isinstance(formats[0], FramedFormat) else None
+    if framed is not None:
+        got = framed.coefficients(weight.n, weight.k)[1] / weight.k
+        if abs(got - framed.redundancy) > 1e-3:
+            remarks.append(f"redundancy {got:.4g} for {float(framed.redundancy):.4g}, with {weight.k} inputs")
+    inner = formats[0] if framed is None else framed.inner
+    if grid.window is not None and not isinstance(inner, CodebookFormat):
+        remarks.append("equal steps: no table of levels serves it")
+    return "; ".join(remarks)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.formats.uniform import UniformEncoding
+from onnxq.formats.files import AnyEncoding, encoding_from_arrays, encoding_to_arrays
 
 _KEY_FILE = "run.json"
 
@@ -45,20 +45,24 @@ class ResumeStore:
     def _file(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"
 
-    def load(self, name: str) -> UniformEncoding | None:
+    def load(self, name: str) -> AnyEncoding | None:
         """The encoding of a weight (or of one member of a stack), if an earlier run solved it."""
         file = self._file(name)
         if not self.found or not file.is_file():
             return None
         with np.load(file) as arrays:
-            return UniformEncoding.from_arrays(arrays)
+            return encoding_from_arrays(arrays)
 
-    def save(self, name: str, encoding: UniformEncoding) -> None:
-        """Keeps a solved weight; complete or not at all."""
+    def open(self) -> None:
+        """Makes the folder, for what else a run keeps in its subfolders."""
         if not self.folder.is_dir():
             self.folder.mkdir()
             (self.folder / _KEY_FILE).write_text(self._key)
-        arrays: dict[str, Any] = encoding.to_arrays()
+
+    def save(self, name: str, encoding: AnyEncoding) -> None:
+        """Keeps a solved weight; complete or not at all."""
+        self.open()
+        arrays: dict[str, Any] = encoding_to_arrays(encoding)
         partial = self._file(name).with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(file, **arrays)

@@ -27,17 +27,21 @@ from onnxq.calibration.collect import Progress as Runs
 from onnxq.errors import BudgetError, OnnxqError
 from onnxq.evaluation.load_probe import peak_bytes
 from onnxq.graph import LoadedModel, StreamingWriter, find_weights, load
+from onnxq.passes.fold import FoldFramesPass
 from onnxq.passes.forms import Readers, StoredWeight, choose_form
 from onnxq.passes.functions import inline_functions_with_sites
 from onnxq.passes.rewrite import Assignment, RewriteSitesPass
 from onnxq.pipeline.budget import Budget, fit_budget
 from onnxq.pipeline.check import check_outputs
-from onnxq.pipeline.plan import Plan, Planned, make_plan
+from onnxq.pipeline.curves import curve_level
+from onnxq.pipeline.distil import distil_solved
+from onnxq.pipeline.plan import Plan, Planned, frame_of, make_plan
 from onnxq.pipeline.resume import ResumeStore, file_identity
+from onnxq.pipeline.sensitivity import weigh
 from onnxq.pipeline.solve import Solved, dequantized_roots, solve_weight, statistics_of
 from onnxq.progress import NullProgress, Progress
 from onnxq.recipe import Recipe
-from onnxq.report.records import REPORT_PROPERTY, QuantizeReport, WeightRecord
+from onnxq.report.records import REPORT_PROPERTY, BudgetRecord, QuantizeReport, WeightRecord
 from onnxq.version import __version__
 
 RECIPE_PROPERTY = "onnxq.recipe"
@@ -57,6 +61,7 @@ class _Job:
     data: CalibrationData | None
     threads: int | None
     progress: Progress
+    budget: tuple[BudgetRecord, ...] = ()
 
 
 def quantize(
@@ -112,7 +117,14 @@ def quantize(
     inlined = inline_functions_with_sites(loaded.model)
     found = find_weights(loaded.model)
     data = _open(calibration, loaded, chosen, tokenizer)
-    plan = make_plan(found, chosen, calibrated=data is not None)
+    fold = FoldFramesPass(found.weights, lambda weight: frame_of(weight, chosen))
+    if fold(loaded.model).modified:
+        found = find_weights(loaded.model)
+    in_frame = {f"{name}.folded" for item in fold.folded for name in item.after}
+    plan = make_plan(found, chosen, calibrated=data is not None, folded=in_frame)
+    for item in fold.folded:
+        note = f"the frame between {item.before} and {', '.join(item.after)} is folded into both: no transform is left"
+        plan = dataclasses.replace(plan, notes=(*plan.notes, note))
     if inlined:
         note = f"inlined the functions {', '.join(inlined)}: weights inside them can't be replaced"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))
@@ -120,25 +132,18 @@ def quantize(
         reasons = "; ".join(sorted({kept.reason for kept in plan.kept})[:5])
         raise OnnxqError(f"{loaded.path} holds no weight that the recipe quantises ({reasons}).")
     job = _Job(loaded, chosen, plan, data, threads, progress)
-    if budget.asked:
-        statistics = _diagonals(job)
-        plan = fit_budget(budget, job.plan, chosen, loaded, statistics, progress)
-        job = dataclasses.replace(job, plan=plan)
-    if plan_only:
-        return _planned_report(job, out, started)
-    key = {
-        "source": file_identity(loaded.path),
-        "recipe": chosen.digest(),
-        "budget": dataclasses.asdict(budget),
-        "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
-        "version": __version__,
-    }
-    store = ResumeStore(out.with_name(out.name + ".resume"), key)
+    # A plan writes nothing, and must leave what an interrupted run left.
+    store = None if plan_only else ResumeStore(out.with_name(out.name + ".resume"), _identity(job, budget))
     try:
+        if budget.asked:
+            job = _within(budget, job, store)
+        if store is None:
+            return _planned_report(job, out, started)
         with writer:
             report = _solve_and_write(job, writer, store, started)
     except OnnxqError:
-        store.discard()
+        if store is not None:
+            store.discard()
         raise
     finally:
         progress.finish()
@@ -151,6 +156,41 @@ def quantize(
             "estimate of what is not weights was too low. Ask for a little less, and please report this model."
         )
     return report
+
+
+def _identity(job: _Job, budget: Budget) -> dict[str, Any]:
+    """What tells a run from others."""
+    data = job.data
+    return {
+        "source": file_identity(job.loaded.path),
+        "recipe": job.recipe.digest(),
+        "budget": dataclasses.asdict(budget),
+        "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
+        "version": __version__,
+    }
+
+
+def _within(budget: Budget, job: _Job, store: ResumeStore | None) -> _Job:
+    """The job with widths chosen so that the budget holds."""
+    checkpoint = None
+    if store is not None and job.data is not None:
+        store.open()
+        checkpoint = store.folder / "sensitivities.state"
+    recipe = job.recipe
+    weighing = weigh(
+        job.loaded,
+        job.plan,
+        job.data,
+        recipe.allocation,
+        recipe.seed,
+        job.progress,
+        checkpoint=checkpoint,
+        threads=job.threads,
+    )
+    plan = dataclasses.replace(job.plan, notes=(*job.plan.notes, *weighing.notes))
+    statistics = _diagonals(job)
+    fitted, records = fit_budget(budget, plan, recipe, job.loaded, statistics, job.progress, weighing.sensitivities)
+    return dataclasses.replace(job, plan=fitted, budget=records)
 
 
 def _fingerprint(data: CalibrationData) -> str:
@@ -180,10 +220,11 @@ def _open(
 
 
 def _diagonals(job: _Job) -> Collected | None:
-    """Mean squares of all inputs: what the allocation weighs errors with."""
+    """Mean squares of all inputs, and second moments of some: what the allocation weighs errors with."""
     if job.data is None:
         return None
-    requests = requests_for([planned.weight for planned in job.plan.planned], "diagonal")
+    level = curve_level(job.plan.planned, STATISTICS_BYTES)
+    requests = requests_for([planned.weight for planned in job.plan.planned], level)
     return collect(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
 
 
@@ -261,9 +302,22 @@ def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, sta
     model = job.loaded.model
     assignments: list[Assignment] = []
     records: list[WeightRecord] = []
+    shared: dict[str, ir.Value] = {}
     notes = [*job.plan.notes]
     if store.found:
         notes.append(f"went on from an interrupted run: {store.found} weights were solved already")
+    distillation = job.recipe.distillation
+    if distillation is not None and job.data is None:
+        notes.append("no calibration data: nothing was distilled")
+        distillation = None
+    # Scales are final only when all weights are solved: until then the encodings wait, a byte for each weight.
+    waiting: list[tuple[Planned, Solved, float]] = []
+
+    def write(item: Planned, solved: Solved, seconds: float) -> None:
+        assignment, written, note = _store(item, solved, job, writer, shared)
+        assignments.append(assignment)
+        records.append(_record(item, solved, assignment, written, note, seconds))
+
     order = {item.weight.name: index for index, item in enumerate(job.plan.planned)}
     for portion, collected, sequence in _stages(job):
         if collected is not None:
@@ -273,14 +327,26 @@ def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, sta
             began = time.monotonic()
             statistics = None if collected is None else statistics_of(item.weight, collected)
             solved = solve_weight(item, statistics, store)
-            assignment, written, note = _store(item, solved, job, writer)
-            assignments.append(assignment)
-            records.append(_record(item, solved, assignment, written, note, time.monotonic() - began))
             if sequence is not None:
                 for name, array in dequantized_roots(item.weight, solved.encodings).items():
                     sequence.replace(name, array)
+            seconds = time.monotonic() - began
+            if distillation is None:
+                write(item, solved, seconds)
+            else:
+                waiting.append((item, solved, seconds))
             job.progress.advance(1, item.weight.name)
+    if distillation is not None:
+        assert job.data is not None
+        pairs = [(item, solved) for item, solved, _ in waiting]
+        changed, said = distil_solved(job.loaded, pairs, job.data, distillation, job.recipe.seed, job.progress)
+        notes += said
+        for (item, _, seconds), solved in zip(waiting, changed, strict=True):
+            write(item, solved, seconds)
     records.sort(key=lambda record: order[record.name])
+    if shared:
+        common = sum(value.const_value.nbytes for value in shared.values() if value.const_value is not None)
+        notes.append(f"frames and tables that weights share take {common:,} bytes, counted with none of them")
     job.progress.start("writing", None)
     report = _report(job, writer.path, tuple(records), tuple(notes), started, written=0)
     RewriteSitesPass(assignments)(model)
@@ -292,14 +358,30 @@ def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, sta
         job.progress.start("checking", None)
         check = check_outputs(job.loaded.path, saved.path, job.data, job.threads)
     return dataclasses.replace(
-        report, bytes=saved.bytes, seconds=time.monotonic() - started, peak_memory=peak_bytes() or 0, check=check
+        report.as_written(saved.bytes),
+        seconds=time.monotonic() - started,
+        peak_memory=peak_bytes() or 0,
+        check=check,
     )
 
 
-def _store(item: Planned, solved: Solved, job: _Job, writer: StreamingWriter) -> tuple[Assignment, int, str]:
-    """Writes the arrays of a weight; returns what stands for it, its bytes, and what the report should say."""
+def _store(
+    item: Planned, solved: Solved, job: _Job, writer: StreamingWriter, shared: dict[str, ir.Value]
+) -> tuple[Assignment, int, str]:
+    """Writes the arrays of a weight, and of those that weights share the ones not in `shared` yet.
+
+    Returns:
+        What stands for it, the bytes of what is its alone, and what the report should say.
+    """
     weight = item.weight
     parts, written, notes = [], 0, []
+
+    def append(name: str, array: np.ndarray) -> ir.Value:
+        tensor = writer.append(name, array)
+        return ir.Value(
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+        )
+
     for index, encoding in enumerate(solved.encodings):
         form, note = choose_form(
             encoding,
@@ -309,14 +391,13 @@ def _store(item: Planned, solved: Solved, job: _Job, writer: StreamingWriter) ->
             accuracy_level=item.accuracy_level,
         )
         prefix = weight.name if weight.batch == 1 else f"{weight.name}.{index}"
-        tensors = {}
-        for role, array in form.arrays(encoding).items():
-            name = f"{prefix}.{role}"
-            tensor = writer.append(name, array)
-            tensors[role] = ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
-            )
-            written += tensor.nbytes
+        arrays = form.arrays(encoding)
+        tensors = {role: append(f"{prefix}.{role}", array) for role, array in arrays.items()}
+        written += sum(value.const_value.nbytes for value in tensors.values() if value.const_value is not None)
+        for role, common in form.shared_arrays(encoding).items():
+            if common.name not in shared:
+                shared[common.name] = append(common.name, common.array)
+            tensors[role] = shared[common.name]
         parts.append(StoredWeight(prefix, form, encoding.shape, form.attributes(encoding), tensors))
         notes.append(note)
     return Assignment(weight, tuple(parts)), written, "; ".join(dict.fromkeys(note for note in notes if note))
@@ -386,4 +467,5 @@ def _report(
         notes=tuple(notes) + (() if data is None else (*data.notes, *data.casts)),
         seconds=time.monotonic() - started,
         peak_memory=peak_bytes() or 0,
+        budget=job.budget,
     )

@@ -8,14 +8,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from onnxq.calibration import Collected, InputStatistics
+from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.files import AnyEncoding, AnyFormat
+from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of, into_frames
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
 from onnxq.graph import Weight
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.recipe import SolverSpec
-from onnxq.solvers.error_feedback import Order, error_feedback
+from onnxq.solvers.error_feedback import error_feedback
+from onnxq.solvers.factor import Order, factorise
+from onnxq.solvers.grid import Grid, search_grid
 from onnxq.solvers.loss import relative_error, relative_proxy_loss
 from onnxq.solvers.nearest import nearest
+from onnxq.solvers.span import min_max_grid, two_sigma_grid
+from onnxq.solvers.spread import best_spread, widened
+from onnxq.solvers.trellis import trellis_feedback, trellis_nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Solved:
         note: why another solver than the planned one was used, or empty.
     """
 
-    encodings: tuple[UniformEncoding, ...]
+    encodings: tuple[AnyEncoding, ...]
     solver: str
     relative_error: float
     proxy_loss: float | None
@@ -82,34 +90,63 @@ def _members(weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _best(
-    member: np.ndarray, formats: Sequence[UniformFormat], spec: SolverSpec, statistics: InputStatistics | None
-) -> UniformEncoding:
+    member: np.ndarray, formats: Sequence[AnyFormat], spec: SolverSpec, statistics: InputStatistics | None
+) -> AnyEncoding:
     """The encoding with the least loss among formats of one price."""
-    encodings = [_encode(member, format, spec, statistics) for format in formats]
+    encodings = [encode(member, format, spec, statistics) for format in formats]
     if len(encodings) == 1:
         return encodings[0]
     return min(encodings, key=lambda encoding: _loss(member, encoding, statistics))
 
 
-def _encode(
-    member: np.ndarray, format: UniformFormat, spec: SolverSpec, statistics: InputStatistics | None
-) -> UniformEncoding:
-    if spec.name == "nearest":
-        return nearest(member, format, None if statistics is None else statistics.diagonal)
-    assert statistics is not None
-    assert statistics.second_moment is not None
-    return error_feedback(
-        member,
-        format,
-        statistics.second_moment,
-        damping=spec.damping,
-        order=Order(spec.order),
-        refit=spec.refit,
-        sweeps=spec.sweeps,
-    )
+def encode(member: np.ndarray, format: AnyFormat, spec: SolverSpec, statistics: InputStatistics | None) -> AnyEncoding:
+    """A weight [N, K] in a format, by the solver that the format and the recipe call for.
+
+    Memory: in a frame the second moment is carried along, which takes two more matrices [K', K'].
+    """
+    moment = None if statistics is None else statistics.second_moment
+    importance = None if statistics is None else statistics.diagonal
+    if not isinstance(format, FramedFormat):
+        return _encode_plain(member, format, spec, moment, importance)
+    inputs, outputs = frames_of(format, *member.shape)
+    coefficients = into_frames(member, inputs, outputs)
+    carried = None if moment is None or spec.name == "nearest" else inputs.carry(moment)
+    # Mixing makes all coefficients alike, so none is more important under nearest rounding.
+    inner = _encode_plain(coefficients, format.inner, spec, carried, None)
+    return FramedEncoding(format, inner, inputs, outputs)
 
 
-def _loss(member: np.ndarray, encoding: UniformEncoding, statistics: InputStatistics | None) -> float:
+def _encode_plain(
+    weight: np.ndarray,
+    format: UniformFormat | CodebookFormat,
+    spec: SolverSpec,
+    moment: np.ndarray | None,
+    importance: np.ndarray | None,
+) -> UniformEncoding | CodebookEncoding:
+    if spec.name == "nearest" or moment is None:
+        if isinstance(format, CodebookFormat):
+            return trellis_nearest(weight, format)
+        grid, weight = _grid_by_rule(weight, format, spec)
+        return nearest(weight, format, importance, grid=grid)
+    factor = factorise(moment, weight.shape[1], spec.damping, Order(spec.order))
+    if isinstance(format, CodebookFormat):
+        spread = best_spread(weight, format, factor)
+        return trellis_feedback(weight, format, factor, spread=spread, refit=spec.refit, sweeps=spec.sweeps)
+    grid, weight = _grid_by_rule(weight, format, spec)
+    if grid is None and spec.order == "activation":  # in natural order grids are found on the way
+        spread = best_spread(weight, format, factor)
+        grid = widened(search_grid(weight, format, factor.importance()), spread)
+    return error_feedback(weight, format, factor, grid=grid, refit=spec.refit, sweeps=spec.sweeps)
+
+
+def _grid_by_rule(weight: np.ndarray, format: UniformFormat, spec: SolverSpec) -> tuple[Grid | None, np.ndarray]:
+    """The grid of a published rule and the weight as the rule wants it; no grid where it is to be searched."""
+    if spec.levels == "two-sigma":
+        return two_sigma_grid(weight, format)
+    return min_max_grid(weight, format) if spec.levels == "min-max" else None, weight
+
+
+def _loss(member: np.ndarray, encoding: AnyEncoding, statistics: InputStatistics | None) -> float:
     """The best measure of the output's error that the statistics allow."""
     decoded = encoding.dequantize()
     if statistics is None:
@@ -120,7 +157,7 @@ def _loss(member: np.ndarray, encoding: UniformEncoding, statistics: InputStatis
     return relative_proxy_loss(member, decoded, statistics.second_moment)
 
 
-def dequantized_roots(weight: Weight, encodings: Sequence[UniformEncoding]) -> dict[str, np.ndarray]:
+def dequantized_roots(weight: Weight, encodings: Sequence[AnyEncoding]) -> dict[str, np.ndarray]:
     """The stored tensors of a weight with its decoded values in them, by initializer name."""
     matrix = np.concatenate([encoding.dequantize() for encoding in encodings])
     roots: dict[str, np.ndarray] = {}

@@ -18,6 +18,7 @@ from onnxq.errors import ModelError
 from onnxq.graph import SiteReport, Skipped, find_weights
 from onnxq.graph.load import all_tensors, find_model_file
 from onnxq.graph.tensors import WEIGHT_TYPES, data_identity
+from onnxq.passes.forms.framed import ARRAY_PREFIX
 from onnxq.report.records import REPORT_PROPERTY, KeptRecord, QuantizeReport
 from onnxq.report.stored import Part, stored_parts
 from onnxq.report.units import count, size
@@ -256,6 +257,7 @@ def _float_weights(found: SiteReport) -> list[InspectedWeight]:
             outputs=tuple(site.node.outputs[0].name or "" for site in weight.sites),
         )
         for weight in found.weights
+        if not weight.name.startswith(ARRAY_PREFIX)  # transforms in standard ops
     ]
 
 

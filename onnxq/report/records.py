@@ -79,6 +79,23 @@ class OutputCheck:
 
 
 @dataclasses.dataclass(frozen=True)
+class BudgetRecord:
+    """A ceiling that the widths were chosen for.
+
+    Attributes:
+        what: "size" (bytes of the written files), "bits" (mean of products' weights) or "table_bits".
+        asked: the ceiling.
+        floor: the least that the allowed formats come to.
+        got: what was written; in a plan, and in the report that a written model carries, an upper bound of it.
+    """
+
+    what: str
+    asked: float
+    floor: float = 0.0
+    got: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeReport:
     """One run of `onnxq.quantize`.
 
@@ -93,6 +110,7 @@ class QuantizeReport:
         seconds: time of the whole run.
         peak_memory: largest resident size of the process in bytes.
         check: the comparison with the source; None when there was no data to run.
+        budget: the ceilings that widths were chosen for; empty for a fixed layout.
     """
 
     source: str
@@ -108,6 +126,7 @@ class QuantizeReport:
     seconds: float
     peak_memory: int
     check: OutputCheck | None = None
+    budget: tuple[BudgetRecord, ...] = ()
 
     @property
     def linear_bits(self) -> float | None:
@@ -118,6 +137,12 @@ class QuantizeReport:
     def table_bits(self) -> float | None:
         """Mean true bits over the weights that only look-ups read."""
         return _mean_bits([weight for weight in self.weights if "linear" not in weight.kinds])
+
+    def as_written(self, size: int) -> QuantizeReport:
+        """With the size of the written files, and what the budgets came to."""
+        exact = {"size": size, "bits": self.linear_bits, "table_bits": self.table_bits}
+        budget = tuple(dataclasses.replace(item, got=exact.get(item.what) or item.got) for item in self.budget)
+        return dataclasses.replace(self, bytes=size, budget=budget)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -144,6 +169,9 @@ def _mean_bits(weights: list[WeightRecord]) -> float | None:
     return 8 * sum(weight.bytes for weight in weights) / count if count else None
 
 
+_INNER = {"weights": WeightRecord, "kept": KeptRecord, "budget": BudgetRecord}
+
+
 def _build(cls: type, plain: dict[str, Any]) -> Any:
     """An instance from plain data: lists become the tuples that the records hold, unknown keys are left out."""
     known = {}
@@ -152,7 +180,7 @@ def _build(cls: type, plain: dict[str, Any]) -> Any:
             continue
         value = plain[field.name]
         if isinstance(value, list):
-            inner = {"weights": WeightRecord, "kept": KeptRecord}.get(field.name) if cls is QuantizeReport else None
+            inner = _INNER.get(field.name) if cls is QuantizeReport else None
             value = tuple(_build(inner, item) for item in value) if inner else tuple(value)
         known[field.name] = value
     return cls(**known)

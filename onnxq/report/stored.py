@@ -13,10 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import ops
-from onnxq.formats.packing import ceil_div
+from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.packing import TILE_N, ceil_div, unpack_codes, untile_groups
 from onnxq.formats.uniform import PackedUniform, UniformEncoding, UniformFormat, ZeroPoint
 from onnxq.graph.tensors import WEIGHT_TYPES, read_array
 from onnxq.passes.rewrite import WEIGHT_PROPERTY
+from onnxq.report.stored_frames import around, half_steps
 from onnxq.runtime.optimized import initializer, nodes_of, stored_behind
 
 _SMALLEST = 64
@@ -77,6 +79,12 @@ def stored_parts(model: ir.Model) -> list[Part]:
         if said is None:
             continue
         tensors = dict.fromkeys(v for operand in operands for v in stored_behind(operand) if v.is_initializer())
+        if (steps := half_steps(node)) is not None:
+            tensors[steps] = None
+            said = dataclasses.replace(said, decode=None)
+        if (node.domain, node.op_type) in _FRAMED:
+            n, k, remark, decode = around(node, said.kind, said.n, said.k, said.decode)
+            said = dataclasses.replace(said, n=n, k=k, label=said.label + remark, decode=decode)
         known = found.get(codes[0])
         if known is None:
             name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes[0].name or node.name or "")
@@ -143,6 +151,26 @@ def _describe_ours(node: ir.Node) -> _Found:
 
     kind = "table" if node.op_type == "LowBitGather" else "linear"
     return _Found(n, k, bits, grid.label(), kind, decode)
+
+
+def _describe_codebook(node: ir.Node) -> _Found | None:
+    n, k = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    bits, window = node.attributes.get_int("bits", 0), node.attributes.get_int("window", 0)
+    group, gain = node.attributes.get_int("group_size", 32), node.attributes.get_float("gain", 1.0)
+    column = group >= ceil_div(k, 32) * 32
+    try:
+        format = CodebookFormat(bits, window, None if column else group)
+    except ValueError:
+        return _Found(n, k, bits, f"table of {1 << window} levels", "linear", None)
+
+    def decode() -> np.ndarray:
+        codes = unpack_codes(_array(node.inputs[1]), ceil_div(n, TILE_N) * TILE_N, k)
+        scales = untile_groups(_array(node.inputs[3]), n)
+        return CodebookEncoding(format, codes, scales, gain).dequantize()
+
+    # A table of other levels decodes otherwise: it can't be compared.
+    known = np.array_equal(_array(node.inputs[2]), format.table)
+    return _Found(n, k, bits, format.label(), "linear", decode if known else None)
 
 
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -248,10 +276,20 @@ def _describe_integer(node: ir.Node) -> _Found | None:
     return _Found(n, k, 8, f"{tensor.dtype.name.lower()} product", "linear", None)
 
 
+# Readers that may stand between the transforms of a frame.
+_FRAMED = {
+    (ops.DOMAIN, "LowBitMatMul"),
+    (ops.DOMAIN, "LowBitGather"),
+    (ops.DOMAIN, "CodebookMatMul"),
+    ("com.microsoft", "MatMulNBits"),
+    ("com.microsoft", "GatherBlockQuantized"),
+    ("", "DequantizeLinear"),
+}
 _Describe = Callable[[ir.Node], "_Found | None"]
 _READERS: Mapping[tuple[str, str], tuple[tuple[int, ...], _Describe]] = {
     (ops.DOMAIN, "LowBitMatMul"): ((1, 2, 3), _describe_ours),
     (ops.DOMAIN, "LowBitGather"): ((1, 2, 3), _describe_ours),
+    (ops.DOMAIN, "CodebookMatMul"): ((1, 3, 4), _describe_codebook),  # weights share tables
     ("com.microsoft", "MatMulNBits"): ((1, 2, 3), _describe_nbits),
     ("com.microsoft", "GatherBlockQuantized"): ((0, 2, 3), _describe_rows),
     ("", "DequantizeLinear"): ((0, 1, 2), _describe_dequantize),

@@ -73,7 +73,10 @@ _REFUSALS = (
         r"does not support 8-bit weights with floating-point zero points",
         "Quantise again with whole zero points (uint8).",
     ),
-    (r"onnxq.*(is not a registered function/op|No Op registered)|an implementation for LowBit", _NO_BODIES),
+    (
+        r"onnxq.*(is not a registered function/op|No Op registered)|an implementation for (LowBit|Codebook|Frame)",
+        _NO_BODIES,
+    ),
     (
         r"is not a registered function/op|No Op registered",
         "An op of another domain needs its own library: register it in the session options.",

@@ -124,6 +124,8 @@ def _try_kernel(subject: Subject) -> Decision | None:
         return None
     if node.op_type == "LowBitGather":
         return Decision(Verdict.FAST, "kernel, rows decoded as they are looked up")
+    if node.op_type.startswith("Frame"):
+        return Decision(Verdict.FAST, "kernel, a transform of activations")
     return Decision(Verdict.FAST, f"kernel, {_activations(node, _INT8_ACTIVATIONS)}")
 
 

@@ -1,5 +1,7 @@
 """The main job on a real model: MiniLM-L6-v2 to ONNX, to 4, 3 and 2 bits, and run in all its lives.
 
+The second model of 2 bits is in a frame (`--recipe framequant`): rotated weights and a trellis code.
+
     python -m samples.embedding.demo [--folder DIR] [--sentences 500] [--threads 1]
 
 Prints a table: bytes on disk, how near the embeddings of held-out sentences are to those of the float model
@@ -31,7 +33,14 @@ CALIBRATION_SENTENCES = 256
 LATENCY_SENTENCES = 1
 LATENCY_TOKENS = 32
 ROUNDS = 40
-WIDTHS = (4, 3, 2)
+RECIPES = {
+    ("4 bits", "kernel"): onnxq.uniform_recipe(4),
+    ("4 bits", "stock"): onnxq.uniform_recipe(4, target="stock"),
+    ("3 bits", "kernel"): onnxq.uniform_recipe(3),  # no stock form has 3 bits
+    ("2 bits", "kernel"): onnxq.uniform_recipe(2),
+    ("2 bits", "stock"): onnxq.uniform_recipe(2, target="stock"),
+    ("2 bits, framequant", "kernel"): onnxq.Recipe.load("framequant"),
+}
 
 console = Console()
 
@@ -69,21 +78,20 @@ def main(
             export(source, exported, task="feature-extraction")
     float_model = exported / "model.onnx"
 
-    written: dict[tuple[int, str], Path] = {}
-    for width in WIDTHS:
-        for target in ("kernel", "stock") if width != 3 else ("kernel",):  # no stock form has 3 bits
-            out = folder / f"minilm-{width}bit-{target}.onnx"
-            console.print(f"quantising to {width} bits for target {target}")
-            onnxq.quantize(
-                float_model,
-                out,
-                recipe=onnxq.uniform_recipe(width, target=target),
-                calibration=text / "calibration.txt",
-                tokenizer=exported,
-                force=True,
-                progress=RichProgress(Console(stderr=True)),
-            )
-            written[width, target] = out
+    written: dict[tuple[str, str], Path] = {}
+    for (name, target), recipe in RECIPES.items():
+        out = folder / f"minilm-{name.replace(', ', '-').replace(' ', '-')}-{target}.onnx"
+        console.print(f"quantising to {name} for target {target}")
+        onnxq.quantize(
+            float_model,
+            out,
+            recipe=recipe,
+            calibration=text / "calibration.txt",
+            tokenizer=exported,
+            force=True,
+            progress=RichProgress(Console(stderr=True)),
+        )
+        written[name, target] = out
 
     reference = onnxq.session(float_model, threads=threads)
     held_out = open_data(
@@ -98,28 +106,27 @@ def main(
         for entry in reference.get_inputs()
     }
     sessions = {"fp32": reference}
-    for width in WIDTHS:
-        path = written[width, "kernel"]
-        sessions[f"{width} library"] = onnxq.session(path, threads=threads)
-        sessions[f"{width} stock"] = onnxq.session(path, threads=threads, library=False)
-        if (width, "stock") in written:
-            sessions[f"{width} target"] = onnxq.session(written[width, "stock"], threads=threads, library=False)
+    for (name, target), path in written.items():
+        if target == "kernel":
+            sessions[f"{name} library"] = onnxq.session(path, threads=threads)
+        sessions[f"{name} {target}, stock"] = onnxq.session(path, threads=threads, library=False)
     timed = measure_latency(sessions, feeds, rounds=ROUNDS)
     latency = {timing.name: 1e3 * timing.median for timing in timed.timings}
 
     rows = [Row("fp32", model_bytes(float_model), 1.0, 1.0, None, latency["fp32"])]
-    for (width, target), path in written.items():
-        session = sessions[f"{width} library" if target == "kernel" else f"{width} target"]
-        found = compare_embeddings(expected, embed(session, held_out))
+    for (name, target), path in written.items():
         kernel = target == "kernel"
+        found = compare_embeddings(
+            expected, embed(sessions[f"{name} library" if kernel else f"{name} stock, stock"], held_out)
+        )
         rows.append(
             Row(
-                f"{width} bits" if kernel else f"{width} bits, --target stock",
+                name if kernel else f"{name}, --target stock",
                 model_bytes(path),
                 found.cosine_mean,
                 found.spearman,
-                latency[f"{width} library"] if kernel else None,
-                latency[f"{width} stock"] if kernel else latency[f"{width} target"],
+                latency[f"{name} library"] if kernel else None,
+                latency[f"{name} {target}, stock"],
             )
         )
     show(rows, held_out.samples, threads)

@@ -15,12 +15,12 @@ from onnxq.cli import app
 from onnxq.cli.options import adjusted_recipe
 from onnxq.cli.output import as_data
 from onnxq.errors import OnnxqError
-from onnxq.recipe import Recipe
+from onnxq.recipe import FrameSpec, Recipe
 from onnxq.runtime.library import LIBRARY_VARIABLE
 from onnxq.runtime.rules import Verdict
 from tests.runtime import models
 
-COMMANDS = ("export", "quantize", "inspect", "compare", "bench", "doctor", "recipes")
+COMMANDS = ("export", "quantize", "inspect", "compare", "eval", "bench", "doctor", "recipes")
 
 
 def run(*words: object) -> Result:
@@ -181,12 +181,31 @@ def test_a_width_and_a_budget_exclude_each_other(folder: Path, tmp_path: Path, w
 
 def test_options_change_the_recipe() -> None:
     base = Recipe.load("uniform")
-    assert adjusted_recipe("uniform", width=None, group_size=None, target=None, seed=None) == base
-    changed = adjusted_recipe("uniform", width=2, group_size="column", target="stock", seed=5)
+    assert adjusted_recipe("uniform", width=None, group_size=None, redundancy=None, target=None, seed=None) == base
+    changed = adjusted_recipe("uniform", width=2, group_size="column", redundancy=1.25, target="stock", seed=5)
     assert (changed.linear.grid.bits, changed.linear.grid.group_size) == (2, "column")
     assert changed.tables.grid is not None
     assert changed.tables.grid.bits == 4
     assert (changed.target, changed.seed) == ("stock", 5)
+    assert changed.linear.frame == FrameSpec(1.25)
+    paper = adjusted_recipe("framequant-paper", width=None, group_size=None, redundancy=1.5, target=None, seed=None)
+    assert paper.linear.frame == FrameSpec(1.5)
+    assert paper.linear.solver == Recipe.load("framequant-paper").linear.solver
+
+
+@pytest.mark.parametrize("value", [0.5, 9])
+def test_a_redundancy_out_of_range(folder: Path, tmp_path: Path, value: float) -> None:
+    result = run("quantize", folder / "float.onnx", tmp_path / "out.onnx", "--redundancy", value)
+    assert result.exit_code == 1
+    assert "1 to 8" in result.stderr
+
+
+def test_a_redundancy_puts_weights_in_a_frame(folder: Path, tmp_path: Path) -> None:
+    words = ("--redundancy", 1.5, "--width", 3)
+    plain = run_json("quantize", folder / "float.onnx", tmp_path / "framed.onnx", *words)
+    linear = [weight for weight in plain["weights"] if weight["kinds"] == ["linear"]]
+    assert linear
+    assert all(weight["format"].endswith("in frame 1.5") for weight in linear)
 
 
 @pytest.mark.parametrize("size", ["abc", "20XB"])
@@ -352,4 +371,4 @@ def test_plain_data_holds_what_json_can(tmp_path: Path) -> None:
 
 def test_our_errors_have_one_base() -> None:
     with pytest.raises(OnnxqError):
-        adjusted_recipe("nothing", width=None, group_size=None, target=None, seed=None)
+        adjusted_recipe("nothing", width=None, group_size=None, redundancy=None, target=None, seed=None)

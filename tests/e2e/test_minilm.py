@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import onnxq
@@ -25,6 +26,8 @@ pytest.importorskip("optimum.exporters.onnx")
 COSINE_8_BITS = 0.998
 COSINE_4_BITS = 0.97
 SPEARMAN_4_BITS = 0.96
+COSINE_2_BITS_TWO_LAYERS = 0.965
+"""Two of six layers in a frame at 2 bits, tables at 4."""
 SAME_FILE_TWO_RUNTIMES = 0.05
 """Kernel and function body round activations to 8 bits in blocks of their own."""
 
@@ -95,6 +98,38 @@ def test_eight_bits_for_stock_onnx_runtime(minilm: Path, reference, held_out: Ca
     assert {record.form for record in report.weights if "linear" in record.kinds} == {"DequantizeLinear"}
     found = compare_embeddings(embed(reference, held_out), embed(onnxq.session(out, library=False), held_out))
     assert found.cosine_mean >= COSINE_8_BITS
+
+
+@pytest.fixture(scope="module")
+def framed(minilm: Path, text: Path) -> Path:
+    """The first two layers at 2 bits in a frame, with a trellis code; the others stay in float, to save time."""
+    recipe = onnxq.Recipe.load("framequant").to_dict()
+    recipe["rules"] = [{"match": f"*layer.{index}.*", "keep": True} for index in range(2, 6)]
+    recipe["calibration"] |= {"max_samples": 64, "max_length": 64}
+    out = minilm.parent / "framed.onnx"
+    report = onnxq.quantize(
+        minilm / "model.onnx",
+        out,
+        recipe=onnxq.Recipe.from_dict(recipe),
+        calibration=text / "calibration.txt",
+        tokenizer=minilm,
+    )
+    linear = [record for record in report.weights if "linear" in record.kinds]
+    assert len(linear) == 12
+    assert all(record.form == "CodebookMatMul in a frame" for record in linear)
+    assert 8 * sum(r.bytes for r in linear) < 2.05 * sum(r.shape[0] * r.shape[1] for r in linear)
+    return out
+
+
+def test_two_bits_in_a_frame(framed: Path, reference, held_out: CalibrationData, library: Path) -> None:
+    nodes = [node.op_type for node in onnx.load(framed, load_external_data=False).graph.node]
+    # Query, key and value share a transform: four a layer, not six.
+    assert nodes.count("FrameAnalysis") == 8
+    assert nodes.count("CodebookMatMul") == 12
+    expected = embed(reference, held_out)
+    for with_library in (True, False):
+        got = embed(onnxq.session(framed, library=with_library), held_out)
+        assert compare_embeddings(expected, got).cosine_mean >= COSINE_2_BITS_TWO_LAYERS
 
 
 def test_the_file_runs_in_onnxruntime_web(four_bits: Path, web: Path) -> None:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from onnxq.errors import CalibrationError
 from onnxq.formats.uniform import UniformEncoding, UniformFormat, ZeroPoint
 from onnxq.solvers import error_feedback as module
-from onnxq.solvers.error_feedback import Order, error_feedback, factorise_upper
+from onnxq.solvers import factor as factor_module
+from onnxq.solvers.error_feedback import error_feedback
+from onnxq.solvers.factor import Order, factorise_upper
 from onnxq.solvers.loss import relative_proxy_loss
 from onnxq.solvers.nearest import nearest
 from tests.solvers.cases import gaussian, heavy_tailed, moment
@@ -75,7 +77,7 @@ def test_it_is_gptq(format: UniformFormat, order: Order) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 64, 150])
 def test_the_factor_is_upper_and_multiplies_back(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FACTOR_BLOCK", 64)
+    monkeypatch.setattr(factor_module, "_FACTOR_BLOCK", 64)
     original = moment(size).astype(np.float64) + 0.01 * np.eye(size)
     factor = original.copy()
     factorise_upper(factor)

@@ -5,13 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from onnxq.formats.uniform import UniformEncoding
+from onnxq.formats.codebook import CodebookEncoding
+from onnxq.formats.files import AnyEncoding
+from onnxq.formats.framed import FramedEncoding
+from onnxq.formats.uniform import ZeroPoint
 from onnxq.graph import Site
 from onnxq.passes.forms.base import Form, StoredWeight
+from onnxq.passes.forms.codebook import CodebookForm
+from onnxq.passes.forms.framed import FramedForm
 from onnxq.passes.forms.kernel import KernelForm
 from onnxq.passes.forms.stock import BlockForm, DequantizeForm, block_size, dequantize_refusal, stock_refusal
 
-__all__ = ["BlockForm", "DequantizeForm", "Form", "KernelForm", "Readers", "StoredWeight", "choose_form"]
+__all__ = [
+    "BlockForm",
+    "CodebookForm",
+    "DequantizeForm",
+    "Form",
+    "FramedForm",
+    "KernelForm",
+    "Readers",
+    "StoredWeight",
+    "choose_form",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Readers:
 
 
 def choose_form(
-    encoding: UniformEncoding, *, stock: bool, opset: int, readers: Readers, accuracy_level: int
+    encoding: AnyEncoding, *, stock: bool, opset: int, readers: Readers, accuracy_level: int
 ) -> tuple[Form, str]:
     """The form of a weight and, where it is not the one asked for, the reason.
 
@@ -50,10 +65,20 @@ def choose_form(
     Returns:
         The form, and a sentence for the report (empty when there is nothing to say).
     """
+    if isinstance(encoding, FramedEncoding):
+        inner, note = choose_form(
+            encoding.inner, stock=stock, opset=opset, readers=readers, accuracy_level=accuracy_level
+        )
+        return FramedForm(inner, stock), note
+    if isinstance(encoding, CodebookEncoding):
+        note = "left as a function: stock ONNX Runtime has no levels from tables" if stock else ""
+        return CodebookForm(accuracy_level), note
     kernel = KernelForm(accuracy_level)
     if not stock:
         return kernel, ""
     refusal = stock_refusal(encoding)
+    if refusal is None and readers.tables and encoding.format.zero_point is ZeroPoint.MIDRISE:
+        refusal = "look-ups need whole zero points"
     if refusal is None and readers.tables and encoding.shape[1] % block_size(encoding):
         refusal = f"rows of {encoding.shape[1]} are not whole blocks of {block_size(encoding)}"
     if refusal is not None:

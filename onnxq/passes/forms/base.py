@@ -33,6 +33,14 @@ class StoredWeight:
     tensors: Mapping[str, ir.Value]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class SharedArray:
+    """An array that weights share, stored once under a name that its contents decide."""
+
+    name: str
+    array: np.ndarray
+
+
 class Form(Protocol):
     """How an encoding is stored in a graph and read by its sites."""
 
@@ -43,6 +51,10 @@ class Form(Protocol):
 
     def arrays(self, encoding: Any) -> dict[str, np.ndarray]:
         """The arrays to store, by role; small dtypes as ml_dtypes."""
+        ...
+
+    def shared_arrays(self, encoding: Any) -> Mapping[str, SharedArray]:
+        """Arrays that other weights may have too, by role."""
         ...
 
     def attributes(self, encoding: Any) -> dict[str, Any]:

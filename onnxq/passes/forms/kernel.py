@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxq import ops
 from onnxq.formats.uniform import UniformEncoding
-from onnxq.passes.forms.base import StoredWeight, constant
+from onnxq.passes.forms.base import SharedArray, StoredWeight, constant
 
 FLOAT_ACTIVATIONS = 1
 INT8_ACTIVATIONS = 4
@@ -31,6 +31,10 @@ class KernelForm:
         """See `Form.arrays`."""
         packed = encoding.pack()
         return {"packed": packed.packed, "scales": packed.scales, "zero_points": packed.zero_points}
+
+    def shared_arrays(self, encoding: UniformEncoding) -> dict[str, SharedArray]:
+        """See `Form.shared_arrays`."""
+        return {}
 
     def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
         """See `Form.attributes`."""

@@ -16,14 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.formats.packing import ceil_div
-from onnxq.formats.uniform import UniformEncoding, ZeroPoint
-from onnxq.passes.forms.base import StoredWeight, constant
+from onnxq.formats.uniform import UniformEncoding, UniformFormat, ZeroPoint
+from onnxq.passes.forms.base import SharedArray, StoredWeight, constant
 
 _UNSIGNED = {2: ml_dtypes.uint2, 4: ml_dtypes.uint4, 8: np.uint8}
 _SIGNED = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
 OLDEST_OPSET = {2: 25, 4: 21, 8: 21}
 """First opset whose DequantizeLinear takes blocks of the width."""
 _FAST_BLOCKS = (128, 64, 32)
+_SCALE_BITS = 16
 
 
 def stock_refusal(encoding: UniformEncoding) -> str | None:
@@ -31,10 +32,11 @@ def stock_refusal(encoding: UniformEncoding) -> str | None:
     bits = encoding.format.bits
     if bits not in _UNSIGNED:
         return f"stock ONNX Runtime has 2, 4 and 8 bits, not {bits}"
-    if not encoding.format.zero_point.whole and bits != 8:
-        return f"stock ONNX Runtime needs whole zero points at {bits} bits, not {encoding.format.zero_point.value}"
-    if not encoding.format.zero_point.whole and encoding.format.zero_point is ZeroPoint.MIDRISE:
-        return "stock ONNX Runtime needs whole zero points, not midrise"
+    zero_point = encoding.format.zero_point
+    if zero_point is ZeroPoint.MIDRISE and encoding.format.groups(encoding.shape[1]) > 1:
+        return "stock ONNX Runtime needs whole zero points, or midrise ones and one group a row"
+    if zero_point is ZeroPoint.PER_GROUP and bits != 8:
+        return f"stock ONNX Runtime needs whole zero points at {bits} bits, not {zero_point.value}"
     return None
 
 
@@ -43,6 +45,8 @@ def dequantize_refusal(encoding: UniformEncoding, opset: int) -> str | None:
     bits = encoding.format.bits
     if opset < OLDEST_OPSET[bits]:
         return f"DequantizeLinear takes {bits}-bit blocks from opset {OLDEST_OPSET[bits]} on"
+    if encoding.format.zero_point is ZeroPoint.MIDRISE:
+        return "DequantizeLinear has whole zero points"
     if bits == 2 and encoding.shape[0] % 4:
         # Seen with ONNX Runtime 1.32: the fusion reads four codes to a byte along N as if rows began whole bytes.
         return "ONNX Runtime fuses 2-bit weights wrongly when N is no multiple of 4"
@@ -51,8 +55,21 @@ def dequantize_refusal(encoding: UniformEncoding, opset: int) -> str | None:
 
 def block_size(encoding: UniformEncoding) -> int:
     """The widest block that ONNX Runtime has a fast kernel for and that a group is made of."""
-    group = encoding.format.effective_group(encoding.shape[1])
+    return _block_size(encoding.format, encoding.shape[1])
+
+
+def _block_size(format: UniformFormat, k: int) -> int:
+    group = format.effective_group(k)
     return next(block for block in _FAST_BLOCKS if group % block == 0)
+
+
+def stock_cost_bits(format: UniformFormat, n: int, k: int) -> int:
+    """Bits on disk of a weight [N, K] in the larger of its stock forms: every block has a scale and a zero point."""
+    block = _block_size(format, k)
+    blocks = ceil_div(k, block)
+    sides = blocks * _SCALE_BITS + 8 * ceil_div(blocks * format.bits, 8)
+    half_step = 32 if format.zero_point is ZeroPoint.MIDRISE else 0
+    return n * (blocks * block * format.bits + sides + half_step)
 
 
 def block_side_data(encoding: UniformEncoding) -> tuple[np.ndarray, np.ndarray | None]:
@@ -109,6 +126,10 @@ class DequantizeForm:
         codes = np.ascontiguousarray(encoding.codes.T).astype(dtype)
         return {"codes": codes, **arrays, "zero_points": np.ascontiguousarray(zeros.T).astype(dtype)}
 
+    def shared_arrays(self, encoding: UniformEncoding) -> dict[str, SharedArray]:
+        """See `Form.shared_arrays`."""
+        return {}
+
     def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
         """See `Form.attributes`."""
         return {"axis": 0, "block_size": block_size(encoding)}
@@ -159,11 +180,20 @@ class BlockForm:
         if zeros is None:
             zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
         packed = _pack_fields(codes, bits)
+        half = {}
+        if encoding.format.zero_point is ZeroPoint.MIDRISE:
+            # scale * (code - 1.5) is scale * (code - 2) and half a step: that times the sum of all inputs.
+            half["half_steps"] = encoding.effective_scales()[:, 0] / 2
         return {
             "codes": packed if self.flat else packed.reshape(n, -1, block * bits // 8),
             "scales": np.ascontiguousarray(scales),
             "zero_points": _pack_fields(zeros, bits),
+            **half,
         }
+
+    def shared_arrays(self, encoding: UniformEncoding) -> dict[str, SharedArray]:
+        """See `Form.shared_arrays`."""
+        return {}
 
     def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
         """See `Form.attributes`."""
@@ -181,6 +211,9 @@ class BlockForm:
         attributes = {**weight.attributes, "K": k, "N": n, "accuracy_level": self.accuracy_level}
         inputs = [x, codes, scales, weight.tensors["zero_points"]]
         product = tape.op("MatMulNBits", inputs, attributes, domain="com.microsoft")
+        if "half_steps" in weight.tensors:
+            total = tape.op("ReduceSum", [x, constant(tape, np.array([-1], np.int64))], {"keepdims": 1})
+            product = tape.op("Add", [product, tape.op("Mul", [total, weight.tensors["half_steps"]])])
         return product if bias is None else tape.op("Add", [product, bias])
 
     def table(self, tape: ir.tape.Tape, indices: ir.Value, weight: StoredWeight) -> ir.Value:
