@@ -190,7 +190,8 @@ class LinearPlan:
         fits = grid.group_size == "column" and grid.zero_point == "per-group-integer" and grid.window is None
         _require(
             fits or self.solver.levels == "search",
-            f'{where}: levels {self.solver.levels!r} need group_size "column" and zero_point "per-group-integer"',
+            f"{where}: levels {self.solver.levels!r} need a grid of "
+            'group_size "column" and zero_point "per-group-integer"',
         )
 
 
@@ -310,9 +311,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require_choices(self)
-        for index, rule in enumerate(self.rules):
-            if rule.grid is not None:
-                self.linear.require_levels(rule.grid, f"rules[{index}].grid")
         _require(self.min_elements >= 0, f"min_elements is {self.min_elements}; it must be 0 or more")
         if self.target == "stock":
             _require_whole_zeros(self.linear.grid, "linear.grid")

@@ -241,7 +241,6 @@ def test_uniform_recipe_sets_widths() -> None:
     assert uniform_recipe(6, table_bits=3, target="stock").tables.grid == GridSpec(3, 64)
 
 
-def test_levels_by_rule_hold_for_the_grids_of_rules_too() -> None:
-    paper = presets()["framequant-paper"]
-    with pytest.raises(RecipeError, match=r"rules\[0\].grid: levels 'two-sigma' need group_size"):
-        dataclasses.replace(paper, rules=(Rule("*", grid=GridSpec(4, 64)),))
+def test_levels_by_rule_need_a_grid_that_they_fit() -> None:
+    with pytest.raises(RecipeError, match="levels 'two-sigma' need a grid of group_size"):
+        LinearPlan(GridSpec(2, 64), solver=SolverSpec(levels="two-sigma"))

@@ -6,8 +6,8 @@
 With a window of `bits` these are unequal levels for each weight alone. A wider window is a trellis code: the same code
 stands for another level behind another predecessor, so that a run of weights has more levels to choose from than each
 has bits for. At 2 bits a Gaussian's mean squared error falls from 0.119 (equal steps) to 0.090 (window 4) and 0.082
-(window 6) on closed runs of 64; 0.0625 is the bound for any code. Predecessors lie in the tile of 32 outputs in front, where the kernel has
-them at hand, and the first tile's is the last one, so that no state is stored.
+(window 6) on closed runs of 64; 0.0625 is the bound for any code. Predecessors lie in the tile of 32 outputs in front,
+where the kernel has them at hand, and the first tile's is the last one, so that no state is stored.
 
 Table entries are 0..127 on a 7-bit grid: a decoded weight is a `UniformEncoding` of 7 bits with the zero half-way.
 

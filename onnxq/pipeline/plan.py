@@ -120,7 +120,9 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool) -> Planned | str:
     if not calibrated or not linear:
         # How often a row is looked up scales its whole error and moves no optimum: nearest is right for tables.
         solver = dataclasses.replace(solver, name="nearest")
-    if not linear:
+    if linear:
+        recipe.linear.require_levels(grid, "the recipe's grid" if rule is None else f"the rule {rule.match!r}")
+    else:
         solver = dataclasses.replace(solver, levels="search")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
     formats = formats_for(weight, recipe, grid)
