@@ -32,6 +32,7 @@ DEFAULT_SHAPES = ["384x384", "1536x384", "384x1536", "4096x4096", "11008x4096"]
 OPSET = 21
 BLOCKS = {"1": (1, 1), "1.0625": (16, 17), "1.125": (16, 18), "1.25": (8, 10)}
 """Redundancies that `--redundancies` may name, as the block's [w, w']."""
+WINDOWS = (4, 6)
 LAYERS, SHARED_SHAPE = 3, (384, 384)
 COLUMN = "column"
 MICROSECONDS = 1e6
@@ -93,8 +94,8 @@ def add_analysis(graph: Graph, redundancy: str, y: str) -> int:
     return k // w * wide
 
 
-def add_ours(graph: Graph, x: str, k: int, group: str, y: str) -> None:
-    """Our two-bit product of k inputs; group 'column' is one scale a column."""
+def add_ours(graph: Graph, x: str, k: int, group: str, y: str, window: int | None = None) -> None:
+    """Our two-bit product of k inputs; group 'column' is one scale a column, a window is a trellis code's."""
     n, group_size = graph.case.n, -(-k // 32) * 32 if group == COLUMN else int(group)
     tiles, blocks, groups = -(-n // 32), -(-k // 32), -(-k // group_size)
     arrays = {
@@ -105,7 +106,12 @@ def add_ours(graph: Graph, x: str, k: int, group: str, y: str) -> None:
         "bias": np.zeros(1, np.float32),
     }
     attributes = {"K": k, "N": n, "bits": 2, "group_size": group_size, "accuracy_level": 4}
-    graph.add("LowBitMatMul", [x], arrays, y, ops.DOMAIN, **attributes)
+    if window is None:
+        graph.add("LowBitMatMul", [x], arrays, y, ops.DOMAIN, **attributes)
+        return
+    table = graph.rng.integers(0, 128, 1 << window, dtype=np.uint8)
+    arrays = {"packed": arrays.pop("packed"), "table": table, **arrays}
+    graph.add("CodebookMatMul", [x], arrays, y, ops.DOMAIN, window=window, **attributes)
 
 
 def add_nbits(graph: Graph, x: str, k: int, bits: int, y: str) -> None:
@@ -141,8 +147,8 @@ def analysis_model(graph: Graph, redundancy: str) -> tuple[bytes, int]:
     return graph.model(width=width), width
 
 
-def framed_model(graph: Graph, redundancy: str, group: str) -> bytes:
-    add_ours(graph, "coefficients", add_analysis(graph, redundancy, "coefficients"), group, "y")
+def framed_model(graph: Graph, redundancy: str, group: str, window: int | None = None) -> bytes:
+    add_ours(graph, "coefficients", add_analysis(graph, redundancy, "coefficients"), group, "y", window)
     return graph.model()
 
 
@@ -185,6 +191,9 @@ def bench_layer(case: Case, rows: int, redundancies: list[str], groups: list[str
         for group in groups:
             model = framed_model(graph(), redundancy, group)
             runners[f"framed {redundancy} {group}"] = open_runner(model, case, rows)
+        for window in WINDOWS:
+            model = framed_model(graph(), redundancy, groups[0], window)
+            runners[f"trellis w{window} {redundancy} {groups[0]}"] = open_runner(model, case, rows)
         model = stock_framed_model(graph(), redundancy)
         runners[f"stock framed {redundancy}"] = open_runner(model, case, rows, library=False)
     medians = interleaved_medians({name: run for name, run in runners.items() if run}, seconds)
