@@ -74,6 +74,7 @@ def measure_curves(
     progress.start("measuring rate and error", len(items))
     curves, gains = {}, {}
     dropped, unreached = [], []
+    measured: set[int] = set()
     for item in items:
         name = item.weight.name
         sensitivity = None if sensitivities is None else sensitivities.weights[name]
@@ -84,8 +85,11 @@ def measure_curves(
         curves[name] = _curve(item, recipe, sample)
         if sensitivity is not None:
             dropped.append(sample.loss(sample.rows))
-        if sensitivities is not None and item.solver.name == "error-feedback" and sample.has_moment:
-            gains[name] = _feedback_gain(item, recipe, sample)
+        moment = None if sample.statistics is None else sample.statistics.second_moment
+        wished = sensitivities is not None and item.solver.name == "error-feedback"
+        if wished and moment is not None and id(moment) not in measured:  # queries, keys and values share one
+            measured.add(id(moment))
+            gains[name] = _feedback_gain(item, recipe, sample, moment)
         progress.advance(1, name)
     typical_drop = float(np.median(dropped)) if dropped else 1.0
     typical_gain = float(np.median(list(gains.values()))) if gains else 1.0
@@ -122,11 +126,6 @@ class _Sample:
             return self._sensitivity.loss(self._picked, error)
         return self.squares(error) / self._energy if self._energy else 0.0
 
-    @property
-    def has_moment(self) -> bool:
-        """Whether the second moment of the inputs is known."""
-        return self.statistics is not None and self.statistics.second_moment is not None
-
     def squares(self, rows: np.ndarray) -> float:
         """Their sum, inputs weighed by their mean squares."""
         squares = np.square(rows, dtype=np.float64)
@@ -150,13 +149,11 @@ def _rounded(sample: _Sample, format: AnyFormat) -> np.ndarray:
     return encode(sample.rows, format, SolverSpec(name="nearest"), sample.statistics).dequantize()
 
 
-def _feedback_gain(item: Planned, recipe: Recipe, sample: _Sample) -> float:
+def _feedback_gain(item: Planned, recipe: Recipe, sample: _Sample, moment: np.ndarray) -> float:
     """The error of the products with independent rounding errors, over that with error feedback; 1 at least."""
-    assert sample.statistics is not None
-    assert sample.statistics.second_moment is not None
     format = formats_for(item.weight, recipe, dataclasses.replace(item.grid, bits=_FEEDBACK_BITS))[0]
     fed_back = sample.rows - encode(sample.rows, format, item.solver, sample.statistics).dequantize()
-    loss = float(np.vdot(fed_back @ sample.statistics.second_moment, fed_back))
+    loss = float(np.vdot(fed_back @ moment, fed_back))
     independent = sample.squares(sample.rows - _rounded(sample, format))
     return max(independent / loss, 1.0) if loss > 0 else 1.0
 

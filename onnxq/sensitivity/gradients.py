@@ -221,13 +221,15 @@ def _parts(data: CalibrationData, settings: SensitivitySettings) -> Iterator[tup
     # As many batches as hold so many samples on average; the last may give more than are left.
     count = min(max(round(data.batches * wanted / data.samples), 1), data.batches)
     chosen = set(np.linspace(0, data.batches - 1, count).astype(int).tolist())
-    fixed = any(item.shape and isinstance(item.shape[0], int) for item in data.inputs)
+    # One flag for all samples, as merged decoders take it, is no axis of samples.
+    fixed = any(item.shape and isinstance(item.shape[0], int) and tuple(item.shape) != (1,) for item in data.inputs)
     left = wanted
     for number, feed in enumerate(data):
         if number not in chosen or left <= 0:
             continue
-        sizes = {array.shape[0] for array in feed.values() if array.ndim}
-        samples = next((array.shape[0] for array in feed.values() if array.ndim), 1)
+        carried = {name: array for name, array in feed.items() if array.shape not in ((), (1,))}
+        sizes = {array.shape[0] for array in carried.values()}
+        samples = next((array.shape[0] for array in carried.values()), 1)
         if fixed or len(sizes) != 1:  # what belongs to which sample is not known
             yield feed, samples
             left -= samples
@@ -237,7 +239,7 @@ def _parts(data: CalibrationData, settings: SensitivitySettings) -> Iterator[tup
         for start in range(0, samples, step):
             stop = min(start + step, samples, start + left)
             if stop > start:
-                yield {name: a[start:stop] if a.ndim else a for name, a in feed.items()}, stop - start
+                yield {name: a[start:stop] if name in carried else a for name, a in feed.items()}, stop - start
                 left -= stop - start
 
 

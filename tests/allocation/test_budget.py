@@ -48,6 +48,15 @@ def test_the_rest_is_spent() -> None:
     assert allocate(curves, 3)["w"].choice == "b"
 
 
+def test_a_large_step_is_taken_at_the_expense_of_small_ones() -> None:
+    """The table's step saves less per bit than every small one, and more than all small ones behind it."""
+    small = [Point(0, 10.0, 0), Point(1, 5.0, 1), Point(2, 4.9, 2)]
+    curves = {"table": [Point(10, 30.0, 0), Point(20, 10.0, 1)], **{f"w{i}": small for i in range(10)}}
+    picks = allocate(curves, 29)
+    assert picks["table"].choice == 1
+    assert sum(picks[f"w{i}"].choice for i in range(10)) == 9
+
+
 def test_below_the_floor_the_floor_is_said() -> None:
     with pytest.raises(BudgetError, match=r"budget of 1 bytes.*floor of 2 bytes"):
         allocate({"a": [Point(8, 1.0, None)], "b": [Point(8, 1.0, None), Point(16, 0.0, None)]}, 8)
