@@ -67,3 +67,11 @@ def functions_for(op_type: str, opset: int) -> list[ir.Function]:
     for function in functions:
         function.opset_imports[""] = opset
     return functions
+
+
+@functools.cache
+def body_names(op_type: str) -> frozenset[str]:
+    """Names of the functions that an op's body is made of, its own included; empty for other ops."""
+    if op_type not in _BODIES:
+        return frozenset()
+    return frozenset(proto.name for modern in (True, False) for proto in _protos(op_type, modern))

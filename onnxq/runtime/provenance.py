@@ -99,7 +99,9 @@ def _ours_behind(found: ir.Node, node: ir.Node, crossed: int) -> ir.Node:
     front, seen = [found], {found}
     for _ in range(_HOPS_BACK + crossed):
         for candidate in front:
-            if candidate.domain == ops.DOMAIN and f"_{candidate.op_type}_" in name:
+            if candidate.domain == ops.DOMAIN and any(
+                f"_{part}_" in name for part in ops.body_names(candidate.op_type)
+            ):
                 if not crossed:
                     return candidate
                 crossed -= 1
