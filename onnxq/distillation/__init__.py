@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from onnxq.distillation.result import Distillation
 from onnxq.distillation.settings import DistillationSettings
-from onnxq.distillation.train import distil
+from onnxq.distillation.train import distil, require_distillable
 from onnxq.distillation.weights import DecodedWeight, Part, uniform_part, uniform_weight, with_scales
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "DistillationSettings",
     "Part",
     "distil",
+    "require_distillable",
     "uniform_part",
     "uniform_weight",
     "with_scales",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onnxq.backprop import TorchGraph, missing_ops
+from onnxq.backprop.threads import torch_threads
 from onnxq.calibration import CalibrationData
 from onnxq.calibration.inputs import Feed
 from onnxq.distillation.objective import Objective
@@ -59,16 +59,14 @@ def distil(
     """
     started = time.monotonic()
     settings, progress = settings or DistillationSettings(), progress or NullProgress()
-    if missing := missing_ops(loaded.model):
-        ops = ", ".join(f"{item.op} ('{item.nodes[0]}')" for item in missing)
-        raise ModelError(f"{loaded.path} can't be distilled: no gradient is known for {ops}. Leave distillation out.")
+    require_distillable(loaded, data)
     graph = TorchGraph(loaded)
     vectors, notes = _vectors(graph, weights, settings)
     student = Student(graph, weights, vectors, settings.per)
     if not student.factors and not student.shifts:
         raise ModelError("There is nothing to distil: no weight is to be trained, and no bias or norm was found.")
-    train, held_out = _divide(list(data), settings.held_out, settings.seed, data.name)
-    with _threads(settings.threads):
+    train, held_out = _divide(list(data), settings.held_out, settings.seed)
+    with torch_threads(settings.threads):
         lesson = _Lesson(graph, student, Objective(graph, settings.outputs), settings.cache_bytes)
         progress.start("distilling", settings.steps)
         before = lesson.held_out_loss(held_out)
@@ -92,6 +90,23 @@ def distil(
         seconds=time.monotonic() - started,
         notes=tuple(notes),
     )
+
+
+def require_distillable(loaded: LoadedModel, data: CalibrationData) -> None:
+    """Refuses what can't be distilled, before hours of other work.
+
+    Raises:
+        ModelError: the model holds operators without a gradient.
+        CalibrationError: fewer than two batches.
+    """
+    if missing := missing_ops(loaded.model):
+        ops = ", ".join(f"{item.op} ('{item.nodes[0]}')" for item in missing)
+        raise ModelError(f"{loaded.path} can't be distilled: no gradient is known for {ops}. Leave distillation out.")
+    if data.batches < 2:
+        raise CalibrationError(
+            f"{data.name} has {data.batches} batch: distillation needs at least two, one of them to decide with. Give "
+            "more samples, or a smaller batch size."
+        )
 
 
 class _Lesson:
@@ -170,15 +185,8 @@ def _order(count: int, seed: int) -> Iterator[int]:
         yield from (int(index) for index in rng.permutation(count))
 
 
-def _divide(
-    feeds: list[Feed], share: float, seed: int, name: str
-) -> tuple[list[tuple[int, Feed]], list[tuple[int, Feed]]]:
+def _divide(feeds: list[Feed], share: float, seed: int) -> tuple[list[tuple[int, Feed]], list[tuple[int, Feed]]]:
     """Numbered batches for training and for the decision."""
-    if len(feeds) < 2:
-        raise CalibrationError(
-            f"{name} has {len(feeds)} batch: distillation needs at least two, one of them to decide with. Give more "
-            "samples, or a smaller batch size."
-        )
     count = min(max(round(share * len(feeds)), 1), len(feeds) - 1)
     chosen = set(np.random.default_rng([seed, 1]).choice(len(feeds), count, replace=False).tolist())
     numbered = list(enumerate(feeds))
@@ -206,15 +214,3 @@ def _vectors(
 
 def _given(weights: Sequence[DecodedWeight]) -> dict[str, tuple[np.ndarray, ...]]:
     return {item.weight.name: tuple(part.scales for part in item.parts) for item in weights if item.trained}
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch's threads, set for a while."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

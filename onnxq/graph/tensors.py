@@ -47,6 +47,12 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+def is_bias(value: ir.Value | None, n: int) -> bool:
+    """Whether a value is one constant float32 for each of N outputs."""
+    tensor = constant_tensor(value)
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and list(tensor.shape) == [n]
+
+
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     """The elements of a tensor as a read-only array in its own type.
 

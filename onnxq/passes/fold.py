@@ -7,6 +7,7 @@ Rules (cited in the code):
 1. Between the two lies nothing but the first one's bias: a norm or an activation function does not commute with A.
 2. All that reads the first one's output are products with weights that are to be in the frame; all of them take part.
 3. Each of the weights has that one use, and is stored as float32: what is folded in is stored nowhere else.
+4. The weight in front is to be quantised too: what stays in float stays as it is, and does not grow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from onnxq.frames import Frame
 from onnxq.graph import Site, Weight
 from onnxq.graph.rewrite_utils import RemoveDeadPass
-from onnxq.graph.tensors import constant_tensor, read_array
+from onnxq.graph.tensors import constant_tensor, is_bias, read_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,36 @@ class FoldFramesPass(ir.passes.InPlacePass):
     Args:
         weights: all of the model.
         frame_of: the frame that a weight is to be in, or None.
+        may_change: whether a weight will be quantised, which it need not be in a frame.
     """
 
-    def __init__(self, weights: Sequence[Weight], frame_of: Callable[[Weight], Frame | None]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        frame_of: Callable[[Weight], Frame | None],
+        may_change: Callable[[Weight], bool] = lambda _: True,
+    ) -> None:
         self._weights = weights
         self._frame_of = frame_of
+        self._may_change = may_change
         self.folded: list[Folded] = []
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Names of the new weights, and those of the weights that they were made of."""
+        return {folded_name(name): name for item in self.folded for name in (item.before, *item.after)}
+
+    @property
+    def in_frame(self) -> frozenset[str]:
+        """Names of the new weights whose inputs are coefficients already."""
+        return frozenset(folded_name(name) for item in self.folded for name in item.after)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the module's docstring."""
         by_node = {site.node: weight for weight in self._weights for site in weight.sites if site.kind == "linear"}
         touched: set[str] = set()
         for weight in self._weights:
-            if weight.name in touched or not _alone(weight):
+            if weight.name in touched or not _alone(weight) or not self._may_change(weight):  # rule 4
                 continue
             found = _place(weight.sites[0], by_node)
             if found is None:
@@ -72,6 +90,11 @@ class FoldFramesPass(ir.passes.InPlacePass):
         if self.folded:
             RemoveDeadPass()(model)
         return ir.passes.PassResult(model, bool(self.folded))
+
+
+def folded_name(name: str) -> str:
+    """What a tensor is called that a frame is folded into."""
+    return f"{name}.folded"
 
 
 def _alone(weight: Weight) -> bool:
@@ -103,7 +126,7 @@ def _place(site: Site, by_node: dict[ir.Node, Weight]) -> tuple[tuple[ir.Node, i
         add = output.consumers()[0]
         bias = (add, 1 if add.inputs[0] is output else 0)
         output = add.outputs[0]
-    if bias is not None and not _is_bias(bias[0].inputs[bias[1]], site.n):
+    if bias is not None and not is_bias(bias[0].inputs[bias[1]], site.n):
         return None
     readers = []
     for node, index in output.uses():
@@ -114,11 +137,6 @@ def _place(site: Site, by_node: dict[ir.Node, Weight]) -> tuple[tuple[ir.Node, i
             return None
         readers.append(reader)
     return None if not readers or output.is_graph_output() else (bias, tuple(readers))
-
-
-def _is_bias(value: ir.Value | None, n: int) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and list(tensor.shape) == [n]
 
 
 def _fold(
@@ -151,7 +169,7 @@ def _replace(model: ir.Model, node: ir.Node, index: int, name: str, matrix: np.n
 
 
 def _store(model: ir.Model, node: ir.Node, index: int, name: str, array: np.ndarray) -> None:
-    tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=f"{name}.folded")
+    tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=folded_name(name))
     value = ir.Value(
         name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
     )

@@ -26,7 +26,7 @@ from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 from onnxq import ops
 from onnxq.graph.rewrite_utils import RemoveDeadPass
 from onnxq.graph.sites import Site
-from onnxq.graph.tensors import constant_tensor
+from onnxq.graph.tensors import is_bias
 from onnxq.graph.weights import Weight
 from onnxq.passes.forms.base import StoredWeight, constant
 from onnxq.passes.forms.framed import TRANSFORM_PROPERTY
@@ -209,7 +209,7 @@ def _gemm(tape: ir.tape.Tape, site: Site, x: ir.Value, assignment: Assignment) -
     c = node.inputs[2] if len(node.inputs) > 2 else None
     n = assignment.weight.n
     fusible = site.side == "right" and alpha == beta == 1.0 and site.dtype == ir.DataType.FLOAT
-    bias = c if fusible and _is_bias(c, n) else None  # Rule 2
+    bias = c if fusible and is_bias(c, n) else None  # Rule 2
     # On the left side x^T is wanted: that is B itself when Gemm already transposes it (rule 1).
     if transposed != (site.side == "left"):
         x = tape.op("Transpose", [x], {"perm": [1, 0]})
@@ -243,11 +243,6 @@ def _fusible_bias(site: Site, assignment: Assignment) -> tuple[ir.Value | None, 
     if add.op_type != "Add" or add.domain != "" or add.graph is not site.graph:
         return None, None
     others = [value for value in add.inputs if value is not output]
-    if len(others) == 1 and _is_bias(others[0], assignment.weight.n):
+    if len(others) == 1 and is_bias(others[0], assignment.weight.n):
         return others[0], add
     return None, None
-
-
-def _is_bias(value: ir.Value | None, n: int) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and list(tensor.shape) == [n]

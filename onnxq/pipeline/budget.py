@@ -109,7 +109,7 @@ def fit_budget(
     chosen: dict[str, Formats] = {}
     records = []
     for share in _shares(budget, plan, recipe, loaded):
-        curves = measure_curves(share.items, recipe, statistics, sensitivities, progress)
+        curves = measure_curves(share.items, statistics, sensitivities, progress)
         floor = share.told(sum(min(point.bits for point in curve) for curve in curves.values()))
         picks = _allocate(curves, share, floor)
         got = share.told(sum(point.bits for point in picks.values()))

@@ -25,10 +25,10 @@ from onnxq.formats.framed import FramedFormat
 from onnxq.formats.uniform import UniformFormat
 from onnxq.graph import Weight
 from onnxq.passes.forms.stock import stock_cost_bits
-from onnxq.pipeline.plan import Planned, formats_for
+from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.solve import encode, statistics_of
 from onnxq.progress import Progress
-from onnxq.recipe import Recipe, SolverSpec
+from onnxq.recipe import SolverSpec
 from onnxq.sensitivity import Sensitivities, WeightSensitivity
 
 Formats = tuple[AnyFormat, ...]
@@ -65,7 +65,6 @@ def curve_level(items: Sequence[Planned], room: int) -> Callable[[Weight], Level
 
 def measure_curves(
     items: Sequence[Planned],
-    recipe: Recipe,
     statistics: Collected | None,
     sensitivities: Sensitivities | None,
     progress: Progress,
@@ -82,14 +81,14 @@ def measure_curves(
             sensitivity = None
             unreached.append(name)
         sample = _Sample(item, statistics, sensitivity)
-        curves[name] = _curve(item, recipe, sample)
+        curves[name] = _curve(item, sample)
         if sensitivity is not None:
             dropped.append(sample.loss(sample.rows))
         moment = None if sample.statistics is None else sample.statistics.second_moment
         wished = sensitivities is not None and item.solver.name == "error-feedback"
         if wished and moment is not None and id(moment) not in measured:  # queries, keys and values share one
             measured.add(id(moment))
-            gains[name] = _feedback_gain(item, recipe, sample, moment)
+            gains[name] = _feedback_gain(item, sample, moment)
         progress.advance(1, name)
     typical_drop = float(np.median(dropped)) if dropped else 1.0
     typical_gain = float(np.median(list(gains.values()))) if gains else 1.0
@@ -132,14 +131,14 @@ class _Sample:
         return float(squares.sum() if self._importance is None else (squares @ self._importance).sum())
 
 
-def _curve(item: Planned, recipe: Recipe, sample: _Sample) -> Curve:
-    weight = item.weight
+def _curve(item: Planned, sample: _Sample) -> Curve:
+    weight, stock = item.weight, item.recipe.target == "stock"
     points = []
-    for bits in _STOCK_WIDTHS if recipe.target == "stock" else WIDTHS:
-        formats = formats_for(weight, recipe, dataclasses.replace(item.grid, bits=bits))
+    for bits in _STOCK_WIDTHS if stock else WIDTHS:
+        formats = item.formats_at(bits)
         loss = min(sample.loss(sample.rows - _rounded(sample, format)) for format in formats)
         cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
-        if recipe.target == "stock":
+        if stock:
             cost = max(cost, weight.batch * _stock_cost(formats[0], weight.n, weight.k))
         points.append(Point(cost, loss, formats))
     return points
@@ -149,9 +148,9 @@ def _rounded(sample: _Sample, format: AnyFormat) -> np.ndarray:
     return encode(sample.rows, format, SolverSpec(name="nearest"), sample.statistics).dequantize()
 
 
-def _feedback_gain(item: Planned, recipe: Recipe, sample: _Sample, moment: np.ndarray) -> float:
+def _feedback_gain(item: Planned, sample: _Sample, moment: np.ndarray) -> float:
     """The error of the products with independent rounding errors, over that with error feedback; 1 at least."""
-    format = formats_for(item.weight, recipe, dataclasses.replace(item.grid, bits=_FEEDBACK_BITS))[0]
+    format = item.formats_at(_FEEDBACK_BITS)[0]
     fed_back = sample.rows - encode(sample.rows, format, item.solver, sample.statistics).dequantize()
     loss = float(np.vdot(fed_back @ moment, fed_back))
     independent = sample.squares(sample.rows - _rounded(sample, format))

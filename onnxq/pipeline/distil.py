@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from onnxq.distillation import Distillation, Part
 
 
+def check_distillable(loaded: LoadedModel, data: CalibrationData) -> None:
+    """What a distillation will need, checked before anything is solved.
+
+    Raises:
+        ModelError: torch is missing, or the model holds operators without a gradient.
+        CalibrationError: fewer than two batches of data.
+    """
+    from onnxq.backprop import TorchGraph  # noqa: F401 - says what to install where torch is missing
+    from onnxq.distillation import require_distillable
+
+    require_distillable(loaded, data)
+
+
 def distil_solved(
     loaded: LoadedModel,
     solved: Sequence[tuple[Planned, Solved]],
@@ -43,10 +56,8 @@ def distil_solved(
         What became of each weight, and sentences for the report.
 
     Raises:
-        ModelError: torch is missing, or the model holds operators without a gradient.
-        CalibrationError: fewer than two batches of data.
+        ModelError, CalibrationError: see `check_distillable`.
     """
-    from onnxq.backprop import TorchGraph  # noqa: F401 - says what to install where torch is missing
     from onnxq.distillation import DecodedWeight, DistillationSettings, distil
 
     weights = [
@@ -100,7 +111,8 @@ def _synthesis(frame: Frame) -> Callable[[Any], Any]:
     """`Frame.synthesis` on torch tensors [rows, d'], differentiable."""
     import torch
 
-    signs, left, right = (torch.from_numpy(array) for array in frame.matrices().values())
+    matrices = frame.matrices()
+    signs, left, right = (torch.from_numpy(matrices[name]) for name in ("signs", "left", "right"))
     shape = frame.shape
 
     def synthesis(coefficients: Any) -> Any:

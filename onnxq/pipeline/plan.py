@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from onnxq.calibration.statistics import Level
 from onnxq.formats.codebook import CodebookFormat
@@ -26,6 +26,7 @@ class Planned:
         formats: how it may be stored, all at one price; the one with the least loss is kept.
         solver: what will choose the codes.
         grid: what the recipe asked for.
+        recipe: what was applied to it: the run's, without the frame for a weight that is in its frame already.
         accuracy_level: activations of its products, as in MatMulNBits.
         note: what the report should say of the plan, or empty.
     """
@@ -34,6 +35,7 @@ class Planned:
     formats: tuple[AnyFormat, ...]
     solver: SolverSpec
     grid: GridSpec
+    recipe: Recipe
     accuracy_level: int
     note: str = ""
 
@@ -41,6 +43,10 @@ class Planned:
     def cost_bits(self) -> int:
         """Exact price of the whole stack, in bits."""
         return self.weight.batch * self.formats[0].cost_bits(self.weight.n, self.weight.k)
+
+    def formats_at(self, bits: int) -> tuple[AnyFormat, ...]:
+        """How it may be stored at another width, all at one price."""
+        return _formats(self.weight, self.recipe, dataclasses.replace(self.grid, bits=bits))
 
     @property
     def label(self) -> str:
@@ -70,21 +76,30 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(found: SiteReport, recipe: Recipe, *, calibrated: bool, folded: Collection[str] = ()) -> Plan:
+def make_plan(
+    found: SiteReport,
+    recipe: Recipe,
+    *,
+    calibrated: bool,
+    origins: Mapping[str, str] | None = None,
+    in_frame: Collection[str] = (),
+) -> Plan:
     """Applies a recipe to the constants of a model.
 
     Args:
         found: the model's weights and the constants that are none.
         recipe: what to do.
         calibrated: whether there will be statistics.
-        folded: names of weights that are in their frame already.
+        origins: by name of a weight that another was made into, the name that the recipe's rules know it by.
+        in_frame: names of weights that are in their frame already.
     """
     planned: list[Planned] = []
     kept = [
         KeptRecord(item.name, tuple(item.shape), item.dtype.name, item.bytes, item.reason) for item in found.skipped
     ]
     for weight in found.weights:
-        decided = _decide(weight, _unframed(recipe) if weight.name in folded else recipe, calibrated)
+        origin = (origins or {}).get(weight.name, weight.name)
+        decided = _decide(weight, _unframed(recipe) if weight.name in in_frame else recipe, calibrated, origin)
         if isinstance(decided, Planned):
             planned.append(decided)
         else:
@@ -98,13 +113,13 @@ def make_plan(found: SiteReport, recipe: Recipe, *, calibrated: bool, folded: Co
     return Plan(tuple(planned), tuple(kept), tuple(notes))
 
 
-def _decide(weight: Weight, recipe: Recipe, calibrated: bool) -> Planned | str:
-    """A plan for a weight, or the reason why it stays in float."""
+def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Planned | str:
+    """A plan for a weight that rules know by a name, or the reason why it stays in float."""
     for site in weight.sites:
         refusal = site_refusal(site, weight)
         if refusal is not None:
             return f"{site.name}: {refusal}"
-    rule = recipe.rule_for([weight.name, *(site.name for site in weight.sites)])
+    rule = recipe.rule_for([name, *(site.name for site in weight.sites)])
     if rule is not None and rule.keep:
         return f"kept by the rule {rule.match!r}"
     elements = weight.batch * weight.n * weight.k
@@ -125,8 +140,8 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool) -> Planned | str:
     else:
         solver = dataclasses.replace(solver, levels="search")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
-    formats = formats_for(weight, recipe, grid)
-    planned = Planned(weight, formats, solver, grid, level, _remark(weight, formats, grid))
+    formats = _formats(weight, recipe, grid)
+    planned = Planned(weight, formats, solver, grid, recipe, level, _remark(weight, formats, grid))
     if planned.cost_bits >= 8 * weight.bytes:
         return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned
@@ -138,17 +153,21 @@ def _unframed(recipe: Recipe) -> Recipe:
 
 def frame_of(weight: Weight, recipe: Recipe) -> Frame | None:
     """The frame of the inputs that a recipe puts a weight in; None where there is none, or one of outputs beside it."""
-    rule = recipe.rule_for([weight.name, *(site.name for site in weight.sites)])
-    grid = recipe.linear.grid if rule is None or rule.grid is None else rule.grid
-    if (rule is not None and rule.keep) or weight.kinds != ("linear",) or weight.n * weight.k < recipe.min_elements:
+    decided = _decide(weight, recipe, False, weight.name)
+    if isinstance(decided, str) or weight.kinds != ("linear",):
         return None
-    format = formats_for(weight, recipe, grid)[0]
+    format = decided.formats[0]
     if not isinstance(format, FramedFormat) or format.output_redundancy is not None:
         return None
     return frames_of(format, weight.n, weight.k)[0]
 
 
-def formats_for(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat, ...]:
+def is_planned(weight: Weight, recipe: Recipe) -> bool:
+    """Whether a recipe quantises a weight, with calibration data or without."""
+    return isinstance(_decide(weight, recipe, False, weight.name), Planned)
+
+
+def _formats(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat, ...]:
     """How a weight may be stored on a grid under a recipe, all at one price."""
     return recipe.formats(grid, products="linear" in weight.kinds, look_ups="table" in weight.kinds)
 

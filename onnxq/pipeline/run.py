@@ -34,8 +34,8 @@ from onnxq.passes.rewrite import Assignment, RewriteSitesPass
 from onnxq.pipeline.budget import Budget, fit_budget
 from onnxq.pipeline.check import check_outputs
 from onnxq.pipeline.curves import curve_level
-from onnxq.pipeline.distil import distil_solved
-from onnxq.pipeline.plan import Plan, Planned, frame_of, make_plan
+from onnxq.pipeline.distil import check_distillable, distil_solved
+from onnxq.pipeline.plan import Plan, Planned, frame_of, is_planned, make_plan
 from onnxq.pipeline.resume import ResumeStore, file_identity
 from onnxq.pipeline.sensitivity import weigh
 from onnxq.pipeline.solve import Solved, dequantized_roots, solve_weight, statistics_of
@@ -117,11 +117,14 @@ def quantize(
     inlined = inline_functions_with_sites(loaded.model)
     found = find_weights(loaded.model)
     data = _open(calibration, loaded, chosen, tokenizer)
-    fold = FoldFramesPass(found.weights, lambda weight: frame_of(weight, chosen))
+    if chosen.distillation is not None and data is not None:
+        check_distillable(loaded, data)
+    fold = FoldFramesPass(
+        found.weights, lambda weight: frame_of(weight, chosen), lambda weight: is_planned(weight, chosen)
+    )
     if fold(loaded.model).modified:
         found = find_weights(loaded.model)
-    in_frame = {f"{name}.folded" for item in fold.folded for name in item.after}
-    plan = make_plan(found, chosen, calibrated=data is not None, folded=in_frame)
+    plan = make_plan(found, chosen, calibrated=data is not None, origins=fold.origins, in_frame=fold.in_frame)
     for item in fold.folded:
         note = f"the frame between {item.before} and {', '.join(item.after)} is folded into both: no transform is left"
         plan = dataclasses.replace(plan, notes=(*plan.notes, note))

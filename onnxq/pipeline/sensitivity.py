@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from onnxq.calibration import CalibrationData
 from onnxq.errors import OnnxqError
@@ -42,13 +40,12 @@ def weigh(
     progress: Progress,
     *,
     checkpoint: Path | None = None,
-    key: Mapping[str, Any] | None = None,
     threads: int | None = None,
 ) -> Weighing:
     """Measures sensitivities for a budget, if the recipe wants them and the model, the data and torch allow it.
 
     Args:
-        checkpoint, key: see `onnxq.sensitivity.measure`.
+        checkpoint: see `onnxq.sensitivity.measure`.
         threads: of torch.
     """
     if spec.sensitivity == "layer":
@@ -65,7 +62,6 @@ def weigh(
             settings,
             row_groups=partial(equal_parts, count=_ROW_GROUPS),
             checkpoint=checkpoint,
-            key=key,
             progress=progress,
         )
     except OnnxqError as error:

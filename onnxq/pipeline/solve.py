@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.recipe import SolverSpec
 from onnxq.solvers.error_feedback import error_feedback
-from onnxq.solvers.factor import Order, factorise
+from onnxq.solvers.factor import Factor, Order, factorise
 from onnxq.solvers.grid import Grid, search_grid
 from onnxq.solvers.loss import relative_error, relative_proxy_loss
 from onnxq.solvers.nearest import nearest
@@ -93,7 +95,8 @@ def _best(
     member: np.ndarray, formats: Sequence[AnyFormat], spec: SolverSpec, statistics: InputStatistics | None
 ) -> AnyEncoding:
     """The encoding with the least loss among formats of one price."""
-    encodings = [encode(member, format, spec, statistics) for format in formats]
+    domains: dict[Any, _Domain] = {}
+    encodings = [_encode(member, format, spec, statistics, domains) for format in formats]
     if len(encodings) == 1:
         return encodings[0]
     return min(encodings, key=lambda encoding: _loss(member, encoding, statistics))
@@ -104,31 +107,61 @@ def encode(member: np.ndarray, format: AnyFormat, spec: SolverSpec, statistics: 
 
     Memory: in a frame the second moment is carried along, which takes two more matrices [K', K'].
     """
-    moment = None if statistics is None else statistics.second_moment
+    return _encode(member, format, spec, statistics, {})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Domain:
+    """A weight where a solver sees it, its own inputs or a frame's coefficients; formats there share what is found.
+
+    Attributes:
+        weight: float32 [N, K].
+        moment: second moment of what it is multiplied with, [K, K]; None where the solver needs none.
+        importance: mean squares of it, [K]; None for all alike.
+        spec: the solver.
+    """
+
+    weight: np.ndarray
+    moment: np.ndarray | None
+    importance: np.ndarray | None
+    spec: SolverSpec
+
+    @functools.cached_property
+    def factor(self) -> Factor:
+        """Of the second moment."""
+        assert self.moment is not None
+        return factorise(self.moment, self.weight.shape[1], self.spec.damping, Order(self.spec.order))
+
+
+def _encode(
+    member: np.ndarray,
+    format: AnyFormat,
+    spec: SolverSpec,
+    statistics: InputStatistics | None,
+    domains: dict[Any, _Domain],
+) -> AnyEncoding:
+    """As `encode`, with the domains that other formats of the weight met, to which it may add one."""
+    moment = None if statistics is None or spec.name == "nearest" else statistics.second_moment
     importance = None if statistics is None else statistics.diagonal
     if not isinstance(format, FramedFormat):
-        return _encode_plain(member, format, spec, moment, importance)
+        return _encode_plain(domains.setdefault(None, _Domain(member, moment, importance, spec)), format)
     inputs, outputs = frames_of(format, *member.shape)
-    coefficients = into_frames(member, inputs, outputs)
-    carried = None if moment is None or spec.name == "nearest" else inputs.carry(moment)
-    # Mixing makes all coefficients alike, so none is more important under nearest rounding.
-    inner = _encode_plain(coefficients, format.inner, spec, carried, None)
-    return FramedEncoding(format, inner, inputs, outputs)
+    key = (inputs.key, None if outputs is None else outputs.key)
+    if key not in domains:
+        # Mixing makes all coefficients alike, so none is more important under nearest rounding.
+        carried = None if moment is None else inputs.carry(moment)
+        domains[key] = _Domain(into_frames(member, inputs, outputs), carried, None, spec)
+    return FramedEncoding(format, _encode_plain(domains[key], format.inner), inputs, outputs)
 
 
-def _encode_plain(
-    weight: np.ndarray,
-    format: UniformFormat | CodebookFormat,
-    spec: SolverSpec,
-    moment: np.ndarray | None,
-    importance: np.ndarray | None,
-) -> UniformEncoding | CodebookEncoding:
-    if spec.name == "nearest" or moment is None:
+def _encode_plain(domain: _Domain, format: UniformFormat | CodebookFormat) -> UniformEncoding | CodebookEncoding:
+    weight, spec = domain.weight, domain.spec
+    if domain.moment is None:
         if isinstance(format, CodebookFormat):
             return trellis_nearest(weight, format)
         grid, weight = _grid_by_rule(weight, format, spec)
-        return nearest(weight, format, importance, grid=grid)
-    factor = factorise(moment, weight.shape[1], spec.damping, Order(spec.order))
+        return nearest(weight, format, domain.importance, grid=grid)
+    factor = domain.factor
     if isinstance(format, CodebookFormat):
         spread = best_spread(weight, format, factor)
         return trellis_feedback(weight, format, factor, spread=spread, refit=spec.refit, sweeps=spec.sweeps)

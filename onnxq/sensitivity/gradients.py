@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from onnxq.backprop import TorchGraph, missing_ops
 from onnxq.backprop.convert import from_numpy, torch_type, widened
 from onnxq.backprop.plan import Operand
+from onnxq.backprop.threads import torch_threads
 from onnxq.calibration import CalibrationData
 from onnxq.calibration.inputs import Feed
 from onnxq.calibration.output_rows import LOGITS, OutputRows
@@ -44,7 +44,7 @@ def measure_gradients(
     if missing := missing_ops(loaded.model):
         ops = ", ".join(f"{item.op} ('{item.nodes[0]}')" for item in missing)
         raise ModelError(f"{loaded.path.name}: no gradient is known for {ops}")
-    with torch.device(settings.device), _threads(settings.threads):
+    with torch.device(settings.device), torch_threads(settings.threads):
         run = _Measurement(TorchGraph(loaded), weights, settings, row_groups, checkpoint, progress)
         run.go(data)
         return run.result(time.monotonic() - started)
@@ -241,15 +241,3 @@ def _parts(data: CalibrationData, settings: SensitivitySettings) -> Iterator[tup
             if stop > start:
                 yield {name: a[start:stop] if name in carried else a for name, a in feed.items()}, stop - start
                 left -= stop - start
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch's threads, set for a while."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -123,3 +123,46 @@ def _bytes(model: object) -> bytes:
     import onnx_ir as ir
 
     return ir.to_proto(model).SerializeToString()  # type: ignore[arg-type]
+
+
+def test_rules_know_a_folded_weight_by_its_name_in_the_file(tmp_path: Path) -> None:
+    from onnxq.recipe import Rule
+
+    source = write_chain(tmp_path / "chain.onnx")
+    pinned = Recipe("test", linear=recipe().linear, rules=(Rule("right", grid=GridSpec(4, 32)),))
+    report = onnxq.quantize(source, tmp_path / "out.onnx", recipe=pinned)
+    formats = {record.name: record.format for record in report.weights}
+    assert any("folded into both" in note for note in report.notes)
+    assert "4-bit g32" in formats["right.folded"]
+    assert "8-bit column" in formats["left.folded"]
+
+
+def test_nothing_is_folded_into_a_weight_in_front_that_stays_in_float(tmp_path: Path) -> None:
+    from onnxq.recipe import Rule
+
+    source = write_chain(tmp_path / "chain.onnx")
+    pinned = Recipe("test", linear=recipe(1.3).linear, rules=(Rule("first", keep=True),))
+    report = onnxq.quantize(source, tmp_path / "out.onnx", recipe=pinned)
+    assert {"first", "bias"} <= {record.name for record in report.kept}
+    assert {record.name for record in report.weights} == {"left", "right"}
+
+
+def test_a_budget_puts_no_second_frame_round_a_folded_weight(tmp_path: Path) -> None:
+    source = write_chain(tmp_path / "chain.onnx")
+    report = onnxq.quantize(source, tmp_path / "out.onnx", recipe=recipe(), bits=5.5)
+    written = onnx.load(tmp_path / "out.onnx")
+    assert [node.op_type for node in written.graph.node].count("FrameAnalysis") == 1
+    framed = {record.name for record in report.weights if "frame" in record.format}
+    assert framed == {"first.folded"}
+
+
+def test_calibration_sees_the_coefficients_of_a_folded_frame(tmp_path: Path) -> None:
+    source = write_chain(tmp_path / "chain.onnx")
+    x = np.random.default_rng(1).standard_normal((64, K1)).astype(np.float32)
+    linear = LinearPlan(GridSpec(4, "column"), FrameSpec(1.3))
+    report = onnxq.quantize(
+        source, tmp_path / "out.onnx", recipe=Recipe("test", linear=linear), calibration=[{"x": x}, {"x": x[::-1]}]
+    )
+    assert {record.solver for record in report.weights} == {"error-feedback"}
+    four_bits = 0.2
+    assert difference(run(tmp_path / "out.onnx", x), run(source, x)) < four_bits

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxq import ops
 from onnxq.formats.codebook import CodebookEncoding
 from onnxq.passes.forms.base import SharedArray, StoredWeight, constant
-from onnxq.passes.forms.kernel import INT8_ACTIVATIONS
+from onnxq.passes.forms.kernel import INT8_ACTIVATIONS, packed_arrays, packed_attributes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,7 @@ class CodebookForm:
 
     def arrays(self, encoding: CodebookEncoding) -> dict[str, np.ndarray]:
         """See `Form.arrays`."""
-        packed = encoding.pack()
-        return {"packed": packed.packed, "scales": packed.scales, "zero_points": packed.zero_points}
+        return packed_arrays(encoding)
 
     def shared_arrays(self, encoding: CodebookEncoding) -> dict[str, SharedArray]:
         """See `Form.shared_arrays`."""
@@ -37,16 +36,7 @@ class CodebookForm:
 
     def attributes(self, encoding: CodebookEncoding) -> dict[str, Any]:
         """See `Form.attributes`."""
-        n, k = encoding.shape
-        return {
-            "K": k,
-            "N": n,
-            "bits": encoding.format.bits,
-            "window": encoding.format.window,
-            "group_size": encoding.format.effective_group(k),
-            "gain": float(encoding.gain),
-            "layout_version": ops.LAYOUT_VERSION,
-        }
+        return {**packed_attributes(encoding), "window": encoding.format.window}
 
     def linear(self, tape: ir.tape.Tape, x: ir.Value, weight: StoredWeight, bias: ir.Value | None) -> ir.Value:
         """See `Form.linear`."""

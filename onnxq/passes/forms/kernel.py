@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import ops
+from onnxq.formats.codebook import CodebookEncoding
 from onnxq.formats.uniform import UniformEncoding
 from onnxq.passes.forms.base import SharedArray, StoredWeight, constant
 
@@ -29,8 +30,7 @@ class KernelForm:
 
     def arrays(self, encoding: UniformEncoding) -> dict[str, np.ndarray]:
         """See `Form.arrays`."""
-        packed = encoding.pack()
-        return {"packed": packed.packed, "scales": packed.scales, "zero_points": packed.zero_points}
+        return packed_arrays(encoding)
 
     def shared_arrays(self, encoding: UniformEncoding) -> dict[str, SharedArray]:
         """See `Form.shared_arrays`."""
@@ -38,15 +38,7 @@ class KernelForm:
 
     def attributes(self, encoding: UniformEncoding) -> dict[str, Any]:
         """See `Form.attributes`."""
-        n, k = encoding.shape
-        return {
-            "K": k,
-            "N": n,
-            "bits": encoding.format.bits,
-            "group_size": encoding.format.effective_group(k),
-            "gain": float(encoding.gain),
-            "layout_version": ops.LAYOUT_VERSION,
-        }
+        return packed_attributes(encoding)
 
     def linear(self, tape: ir.tape.Tape, x: ir.Value, weight: StoredWeight, bias: ir.Value | None) -> ir.Value:
         """See `Form.linear`."""
@@ -67,3 +59,22 @@ class KernelForm:
     def functions(self, weight: StoredWeight, *, linear: bool, table: bool) -> tuple[str, ...]:
         """See `Form.functions`."""
         return ("LowBitMatMul",) * linear + ("LowBitGather",) * table
+
+
+def packed_arrays(encoding: UniformEncoding | CodebookEncoding) -> dict[str, np.ndarray]:
+    """What every op of packed codes reads, in kernel order."""
+    packed = encoding.pack()
+    return {"packed": packed.packed, "scales": packed.scales, "zero_points": packed.zero_points}
+
+
+def packed_attributes(encoding: UniformEncoding | CodebookEncoding) -> dict[str, Any]:
+    """What every op of packed codes has to know besides."""
+    n, k = encoding.shape
+    return {
+        "K": k,
+        "N": n,
+        "bits": encoding.format.bits,
+        "group_size": encoding.format.effective_group(k),
+        "gain": float(encoding.gain),
+        "layout_version": ops.LAYOUT_VERSION,
+    }
