@@ -1,4 +1,4 @@
-"""Times LowBitMatMul and CodebookMatMul against ONNX Runtime's own products, and prints one table row a case.
+"""Times LowBitMatMul, CodebookMatMul and MixedBitMatMul against ONNX Runtime's own products: one table row a case.
 
 Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8). All sessions of a
 case run in one process, one run each in turn, so that a change of clock speed or a neighbour's load meets them alike;
@@ -22,13 +22,16 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxq.formats import mixed
 from onnxq.runtime.library import describe_library, library_path
 
 DEFAULT_SHAPES = ["384x384", "1536x384", "384x1536", "4096x4096"]
 """N x K."""
 NBITS_WIDTHS = (2, 4, 8)
 NBITS_LARGEST_GROUP = 128
-CODEBOOK_WIDTHS = (1, 2, 3, 4)
+CODEBOOK_WIDTHS = (1, 2, 3, 4, 5, 6)
+MIXED_DEPTHS = {"m2": (2,), "m2.5": (0, 1, 2, 3, 4, 5)}
+"""Depths that blocks draw from, by the name of the mixture."""
 MICROSECONDS = 1e6
 
 
@@ -112,6 +115,26 @@ def our_model(case: Case, bits: int, window: int | None, accuracy_level: int, rn
     return build_model(node, case, arrays)
 
 
+def mixed_model(case: Case, choice: tuple[int, ...], band: int, accuracy_level: int, rng: np.random.Generator) -> bytes:
+    """MixedBitMatMul with a random depth of `choice` for each block of each band."""
+    tiles, blocks = -(-case.n // 32), -(-case.k // 32)
+    depths = rng.choice(np.array(choice, np.uint8), (-(-case.n // band), blocks))
+    by_tile = np.repeat(depths, band // 32, axis=0)[:tiles]
+    arrays = {
+        "packed": rng.integers(0, 256, int(by_tile.sum(dtype=np.int64)) * 128, dtype=np.uint8),
+        "depths": depths,
+        "columns": rng.integers(0, 32, (len(depths), 32 * blocks), dtype=np.uint8),
+        "scales": rng.uniform(0.01, 0.1, (tiles, 1, 32)).astype(np.float16),
+        "order": rng.permutation(case.k).astype(np.uint16),
+        "tables": mixed.tables(),
+        "steps": mixed.steps(),
+        "bias": np.zeros(1, np.float32),
+    }
+    attributes = {"K": case.k, "N": case.n, "band": band, "accuracy_level": accuracy_level}
+    node = helper.make_node("MixedBitMatMul", ["x", *arrays], ["y"], domain="onnxq", **attributes)
+    return build_model(node, case, arrays)
+
+
 def open_runner(model: bytes, case: Case, rows: int, *, library: bool = True) -> Callable[[], float] | None:
     """A function that runs the model once and returns the seconds; None where ONNX Runtime lacks the operator."""
     options = ort.SessionOptions()
@@ -153,7 +176,9 @@ def interleaved_medians(runners: dict[str, Callable[[], float]], seconds: float)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def bench(case: Case, rows: int, bits: list[int], windows: list[int], levels: list[int], seconds: float) -> None:
+def bench(
+    case: Case, rows: int, bits: list[int], windows: list[int], bands: list[int], levels: list[int], seconds: float
+) -> None:
     rng = np.random.default_rng(0)
     formats = [(f"{b}", b, None) for b in bits]
     formats += [(f"{b}w{window}", b, window) for b in bits if b in CODEBOOK_WIDTHS for window in windows if window >= b]
@@ -162,17 +187,23 @@ def bench(case: Case, rows: int, bits: list[int], windows: list[int], levels: li
     models |= {
         f"ours{name}/{level}": our_model(case, b, window, level, rng) for level in levels for name, b, window in formats
     }
+    models |= {
+        f"ours{name}b{band}/{level}": mixed_model(case, choice, band, level, rng)
+        for level in levels
+        for name, choice in MIXED_DEPTHS.items()
+        for band in bands
+    }
     runners = {name: run for name, model in models.items() if (run := open_runner(model, case, rows))}
     medians = interleaved_medians(runners, seconds)
     stock = " ".join(f"{name} {medians[name] * MICROSECONDS:.1f}" for name in medians if not name.startswith("ours"))
     title = f"{case.n}x{case.k} group {case.group_size} rows {rows} threads {case.threads}"
     sys.stdout.write(f"\n{title}   stock us: {stock}\n")
     rivals = [name for name in medians if not name.startswith("ours")]
-    sys.stdout.write("  ours        us" + "".join(f"{'/' + name:>10}" for name in rivals) + "\n")
+    sys.stdout.write("  ours              us" + "".join(f"{'/' + name:>10}" for name in rivals) + "\n")
     for name, value in medians.items():
         if name.startswith("ours"):
             ratios = "".join(f"{value / medians[rival]:10.2f}" for rival in rivals)
-            sys.stdout.write(f"  {name[4:]:<6}{value * MICROSECONDS:8.1f}{ratios}\n")
+            sys.stdout.write(f"  {name[4:]:<12}{value * MICROSECONDS:8.1f}{ratios}\n")
     sys.stdout.flush()
 
 
@@ -182,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--bits", nargs="+", type=int, default=list(range(1, 9)))
     parser.add_argument("--windows", nargs="*", type=int, default=[4, 6], help="of codebooks, `bits` (no trellis) to 6")
+    parser.add_argument("--bands", nargs="*", type=int, default=[256], help="of mixed weights, multiples of 32")
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 1], help="accuracy levels")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--group-size", type=int, default=32, help="0: the whole column, 128 for MatMulNBits")
@@ -194,7 +226,9 @@ def main() -> None:
             for shape in arguments.shapes:
                 n, k = (int(part) for part in shape.split("x"))
                 case = Case(n, k, arguments.group_size or -(-k // 32) * 32, threads)
-                bench(case, rows, arguments.bits, arguments.windows, arguments.levels, arguments.seconds)
+                bench(
+                    case, rows, arguments.bits, arguments.windows, arguments.bands, arguments.levels, arguments.seconds
+                )
 
 
 if __name__ == "__main__":

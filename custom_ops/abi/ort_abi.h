@@ -30,6 +30,7 @@ enum class ElementType : int {
   kUndefined = 0,
   kFloat = 1,
   kUint8 = 2,
+  kUint16 = 4,
   kInt32 = 6,
   kInt64 = 7,
   kFloat16 = 10,

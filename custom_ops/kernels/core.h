@@ -1,9 +1,10 @@
 // The kernels, written once over a vector trait `Isa` and compiled once per ISA.
 //
-// This file holds what both kinds of activations share; int8.h and float32.h hold the products. uniform.h and
-// codebook.h unpack: a `Format` of theirs is one tile of a weight and hands out its levels. All is included
-// inside an anonymous namespace after the trait and uses no standard-library function, because an inline
-// function compiled here for a newer processor could be the copy that the linker keeps for everybody.
+// This file holds what both kinds of activations share; int8.h and float32.h hold the products, columns.h
+// what may come before them. uniform.h and codebook.h unpack: a `Format` of theirs is one tile of a weight
+// and hands out its levels. All is included inside an anonymous namespace after the trait and uses no
+// standard-library function, because an inline function compiled here for a newer processor could be the copy
+// that the linker keeps for everybody.
 //
 // Words: a *vector* holds Isa::kLanes outputs, 4 bytes (one quad of consecutive inputs) each. A *limb* is a
 // run of code bits that Isa::Dot can multiply without overflow; only 8-bit codes on AVX2 need two.
@@ -17,6 +18,7 @@ using onnxq::kernels::kRowBytes;
 using onnxq::kernels::kStartQuads;
 using onnxq::kernels::kTableLevelBits;
 using onnxq::kernels::kTileOutputs;
+using onnxq::kernels::Output;
 using onnxq::kernels::Products;
 using onnxq::kernels::QuantizedRows;
 using onnxq::kernels::Range;
@@ -110,10 +112,11 @@ ONNXQ_INLINE void CopyTile(const float* from, float* to) {
 }
 
 /// Partial sums of `rows` rows of one tile lie in y itself between two stretches of K.
-ONNXQ_INLINE void LoadSums(const Weight& w, int64_t tile, int64_t rows, bool fresh, const float* y,
-                           float* sums) {
+ONNXQ_INLINE void LoadSums(const Weight& w, int64_t tile, int64_t row, int64_t rows, bool fresh,
+                           const Output& out, float* sums) {
   const int64_t count = fresh ? 0 : Min<int64_t>(kTileOutputs, w.outputs - tile * kTileOutputs);
-  for (int64_t r = 0; r < rows; ++r, y += w.outputs, sums += kTileOutputs) {
+  const float* y = out.y + row * out.stride;
+  for (int64_t r = 0; r < rows; ++r, y += out.stride, sums += kTileOutputs) {
     if (count == kTileOutputs) {
       CopyTile(y + tile * kTileOutputs, sums);
     } else {
@@ -122,10 +125,11 @@ ONNXQ_INLINE void LoadSums(const Weight& w, int64_t tile, int64_t rows, bool fre
   }
 }
 
-ONNXQ_INLINE void StoreSums(const Weight& w, int64_t tile, int64_t rows, bool last, const float* sums,
-                            float* y) {
+ONNXQ_INLINE void StoreSums(const Weight& w, int64_t tile, int64_t row, int64_t rows, bool last,
+                            const float* sums, const Output& out) {
   const int64_t count = Min<int64_t>(kTileOutputs, w.outputs - tile * kTileOutputs);
-  for (int64_t r = 0; r < rows; ++r, y += w.outputs, sums += kTileOutputs) {
+  float* y = out.y + row * out.stride;
+  for (int64_t r = 0; r < rows; ++r, y += out.stride, sums += kTileOutputs) {
     if (last) {
       Finish(w, tile, sums, y);
     } else if (count == kTileOutputs) {
@@ -135,6 +139,8 @@ ONNXQ_INLINE void StoreSums(const Weight& w, int64_t tile, int64_t rows, bool la
     }
   }
 }
+
+#include "kernels/columns.h"
 
 #include "kernels/int8.h"
 
@@ -148,10 +154,17 @@ constexpr Products MakeProducts() {
   return {GemvInt8<Format>, GemmInt8<Format>, L::kCentred, GemvF32<Format>, GemmF32<Format>};
 }
 
+/// None for a window that does not hold a code.
+template <int Bits, int Window>
+constexpr Products MakeWindowProducts() {
+  if constexpr (Window >= Bits) return MakeProducts<Codebook<Bits, Window>>();
+  return {};
+}
+
 template <int Bits>
 constexpr CodebookProducts MakeCodebookProducts() {
-  return {{MakeProducts<Codebook<Bits, Bits>>(), MakeProducts<Codebook<Bits, 4>>(),
-           MakeProducts<Codebook<Bits, 5>>(), MakeProducts<Codebook<Bits, 6>>()}};
+  return {{MakeWindowProducts<Bits, Bits>(), MakeWindowProducts<Bits, 4>(), MakeWindowProducts<Bits, 5>(),
+           MakeWindowProducts<Bits, 6>()}};
 }
 
 constexpr KernelTable MakeTable(const char* name) {
@@ -160,6 +173,7 @@ constexpr KernelTable MakeTable(const char* name) {
           Isa::kFloatRows,
           QuantizeRow,
           SumStarts<Isa>,
+          ScaleColumns,
           {{},
            MakeProducts<Uniform<1>>(),
            MakeProducts<Uniform<2>>(),
@@ -173,7 +187,9 @@ constexpr KernelTable MakeTable(const char* name) {
            MakeCodebookProducts<1>(),
            MakeCodebookProducts<2>(),
            MakeCodebookProducts<3>(),
-           MakeCodebookProducts<4>()},
+           MakeCodebookProducts<4>(),
+           MakeCodebookProducts<5>(),
+           MakeCodebookProducts<6>()},
           Isa::kLanes,
           CopySigned,
           WalshHadamard,

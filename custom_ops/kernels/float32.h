@@ -1,15 +1,16 @@
 // Products with float32 activations. Included by core.h, once per ISA, inside an anonymous namespace.
 
 template <class Format>
-void GemvF32(const Weight& w, const float* x, const Range& range, float* y) {
+void GemvF32(const Weight& w, const float* x, const Range& range, const Output& out) {
   constexpr int64_t kBlockBytes = int64_t(Format::kBits) * kRowBytes;
   const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
   const Isa::Floats shared = Isa::Broadcast(SharedZero<Format>(w));
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     alignas(64) float result[kTileOutputs];
+    LoadSums(w, tile, range.row_begin, 1, !out.resumes, out, result);
     const Format levels(w, tile);
     Isa::Floats acc[kTileVectors];
-    for (int i = 0; i < kTileVectors; ++i) acc[i] = Isa::ZeroFloats();
+    for (int i = 0; i < kTileVectors; ++i) acc[i] = Isa::LoadFloats(result + i * Isa::kLanes);
     for (int64_t b = 0; b < w.blocks;) {
       const int64_t group = b / w.group_blocks;
       const int64_t end = Min((group + 1) * w.group_blocks, w.blocks);
@@ -36,7 +37,7 @@ void GemvF32(const Weight& w, const float* x, const Range& range, float* y) {
       }
     }
     for (int i = 0; i < kTileVectors; ++i) Isa::StoreFloats(result + i * Isa::kLanes, acc[i]);
-    Finish(w, tile, result, y + range.row_begin * w.outputs);
+    StoreSums(w, tile, range.row_begin, 1, !out.unfinished, result, out);
   }
 }
 
@@ -105,32 +106,33 @@ ONNXQ_NOINLINE void FloatRows(const float* x, int64_t stride, const float* panel
 
 /// Adds all rows times the stripe of blocks [b, b_end) into y. Not inlined: every format shares the one copy.
 ONNXQ_NOINLINE void MultiplyFloatStripe(const Weight& w, const float* stripe, int64_t tile, int64_t b,
-                                        int64_t b_end, const float* x, const Range& range, float* y) {
+                                        int64_t b_end, const float* x, const Range& range,
+                                        const Output& out) {
   alignas(64) float sums[Isa::kFloatRows * kTileOutputs];
   const int64_t k = b * kBlockDepth;
   const int64_t depth = Min(b_end * kBlockDepth, w.depth) - k;
   for (int64_t row = range.row_begin; row < range.row_end;) {
     WithCount<Isa::kFloatRows>(range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
       constexpr int kRows = decltype(count)::value;
-      LoadSums(w, tile, kRows, b == 0, y + row * w.outputs, sums);
+      LoadSums(w, tile, row, kRows, b == 0 && !out.resumes, out, sums);
       for (int panel = 0; panel < kPanels; ++panel)
         FloatRows<kRows>(x + row * w.depth + k, w.depth,
                          stripe + panel * kFloatChunkBlocks * kBlockDepth * kPanelOutputs, depth,
                          sums + panel * kPanelOutputs);
-      StoreSums(w, tile, kRows, b_end == w.blocks, sums, y + row * w.outputs);
+      StoreSums(w, tile, row, kRows, b_end == w.blocks && !out.unfinished, sums, out);
       row += kRows;
     });
   }
 }
 
 template <class Format>
-void GemmF32(const Weight& w, const float* x, const Range& range, float* y) {
+void GemmF32(const Weight& w, const float* x, const Range& range, const Output& out) {
   alignas(64) float stripe[kFloatChunkBlocks * kBlockDepth * kTileOutputs];
   for (int64_t b = 0; b < w.blocks; b += kFloatChunkBlocks) {
     const int64_t b_end = Min(b + kFloatChunkBlocks, w.blocks);
     for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
       DequantizeStripe<Format>(w, tile, b, b_end, stripe);
-      MultiplyFloatStripe(w, stripe, tile, b, b_end, x, range, y);
+      MultiplyFloatStripe(w, stripe, tile, b, b_end, x, range, out);
     }
   }
 }

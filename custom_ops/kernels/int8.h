@@ -47,30 +47,37 @@ void QuantizeRow(const Weight& w, const float* x, int8_t* codes, float* scales, 
   int32_t activation = -1;
   float scale = 0.0f;
   float inverse = 0.0f;
+  // All maxima first: nothing in the second loop waits for a maximum and a division.
   for (int64_t s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
     if (segment.activation != activation) {
       activation = segment.activation;
       const int64_t begin = activation * w.activation_depth;
       const int64_t end = Min(begin + w.activation_depth, w.blocks);
-      float largest = 0.0f;
-      float poison = 0.0f;  // becomes NaN when an input is NaN or infinite, which a maximum may not show
-      for (int64_t b = begin; b < end; ++b) Isa::AbsMax32(PaddedBlock(x, b, w.depth, copy), largest, poison);
-      scale = largest / 127.0f + poison;
+      // Of magnitudes as whole numbers, among which infinities and NaNs are the largest: no maximum of floats
+      // would show a NaN.
+      Isa::Ints top = Isa::ZeroInts();
+      for (int64_t b = begin; b < end; ++b) Isa::AbsMax32(PaddedBlock(x, b, w.depth, copy), top);
+      const float largest = Isa::LargestFloat(top);
+      scale = largest / 127.0f + largest * 0.0f;  // NaN then
       inverse = largest > kTiny ? 127.0f / largest : 0.0f;
     }
-    int32_t sum = 0;
-    for (int64_t b = segment.block; b < segment.block + segment.blocks; ++b)
-      sum += Isa::Quantize32(PaddedBlock(x, b, w.depth, copy), inverse, codes + b * kBlockDepth);
     scales[s] = scale;
-    scaled_sum[s] = scale * float(sum);
+    scaled_sum[s] = inverse;
+  }
+  for (int64_t s = 0; s < w.segment_count; ++s) {
+    const Segment& segment = w.segments[s];
+    Isa::Ints sum = Isa::ZeroInts();
+    for (int64_t b = segment.block; b < segment.block + segment.blocks; ++b)
+      Isa::Quantize32(PaddedBlock(x, b, w.depth, copy), scaled_sum[s], codes + b * kBlockDepth, sum);
+    scaled_sum[s] = scales[s] * float(Isa::Sum(sum));
   }
 }
 
 // ---- one row ----------------------------------------------------------------------------------------------
 
 template <class Format, bool kSharedZero>
-void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
+void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, const Output& out) {
   using L = Limbs<Format>;
   constexpr int kVectors = Isa::kGemvVectors / L::kCount;
   constexpr int64_t kBlockBytes = int64_t(Format::kBits) * kRowBytes;
@@ -78,12 +85,13 @@ void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
   [[maybe_unused]] const Isa::Floats fraction = Isa::Broadcast(kZeroUnit<Format>);
   for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
     alignas(64) float result[kTileOutputs];
+    LoadSums(w, tile, range.row_begin, 1, !out.resumes, out, result);
     const Format levels(w, tile);
     for (int first = 0; first < kTileVectors; first += kVectors) {
       int64_t at = first * kVectorBytes;
       const int8_t* x = rows.codes;
       Isa::Floats acc[kVectors];
-      for (int i = 0; i < kVectors; ++i) acc[i] = Isa::ZeroFloats();
+      for (int i = 0; i < kVectors; ++i) acc[i] = Isa::LoadFloats(result + (first + i) * Isa::kLanes);
       for (int64_t s = 0; s < w.segment_count; ++s) {
         const Segment& segment = w.segments[s];
         Isa::Ints total[kVectors];
@@ -132,13 +140,13 @@ void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
       }
       for (int i = 0; i < kVectors; ++i) Isa::StoreFloats(result + (first + i) * Isa::kLanes, acc[i]);
     }
-    Finish(w, tile, result, y + range.row_begin * w.outputs);
+    StoreSums(w, tile, range.row_begin, 1, !out.unfinished, result, out);
   }
 }
 
 template <class Format>
-void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
-  w.shared_zero ? GemvInt8<Format, true>(w, rows, range, y) : GemvInt8<Format, false>(w, rows, range, y);
+void GemvInt8(const Weight& w, const QuantizedRows& rows, const Range& range, const Output& out) {
+  w.shared_zero ? GemvInt8<Format, true>(w, rows, range, out) : GemvInt8<Format, false>(w, rows, range, out);
 }
 
 // ---- several rows: unpack a stretch of a tile once, use it for every row ----------------------------------
@@ -325,26 +333,27 @@ ONNXQ_NOINLINE void WideRows(const Weight& w, const Int8Stripe& stripe, int64_t 
 /// Adds all rows times the stripe into y. Not inlined, for the same reason.
 template <int LimbCount, int Depth, bool Centred, bool Wide>
 ONNXQ_NOINLINE void MultiplyStripe(const Weight& w, const Int8Stripe& stripe, int64_t tile, int64_t s_begin,
-                                   int64_t s_end, const QuantizedRows& rows, const Range& range, float* y) {
+                                   int64_t s_end, const QuantizedRows& rows, const Range& range,
+                                   const Output& out) {
   alignas(64) float sums[Isa::kGemmRows * kTileOutputs];
   for (int64_t row = range.row_begin; row < range.row_end;) {
     WithCount<(Wide ? Isa::kWideRows : Isa::kGemmRows)>(
         range.row_end - row, [&](auto count) ONNXQ_INLINE_LAMBDA {
           constexpr int kRows = decltype(count)::value;
-          LoadSums(w, tile, kRows, s_begin == 0, y + row * w.outputs, sums);
+          LoadSums(w, tile, row, kRows, s_begin == 0 && !out.resumes, out, sums);
           if constexpr (Wide) {
             WideRows<kRows>(w, stripe, s_begin, s_end, rows, row, sums);
           } else {
             Int8Rows<LimbCount, Depth, Centred, kRows>(w, stripe, s_begin, s_end, rows, row, sums);
           }
-          StoreSums(w, tile, kRows, s_end == w.segment_count, sums, y + row * w.outputs);
+          StoreSums(w, tile, row, kRows, s_end == w.segment_count && !out.unfinished, sums, out);
           row += kRows;
         });
   }
 }
 
 template <class Format>
-void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, float* y) {
+void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, const Output& out) {
   using L = Limbs<Format>;
   Int8Stripe stripe;
   for (int64_t s_begin = 0; s_begin < w.segment_count;) {
@@ -355,7 +364,7 @@ void GemmInt8(const Weight& w, const QuantizedRows& rows, const Range& range, fl
     for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
       UnpackStripe<Format>(w, tile, s_begin, s_end, stripe);
       MultiplyStripe<L::kCount, L::kRowsDepth, L::kCentred, kWide<Format>>(w, stripe, tile, s_begin, s_end,
-                                                                           rows, range, y);
+                                                                           rows, range, out);
     }
     s_begin = s_end;
   }

@@ -1,50 +1,28 @@
 #include "kernels/matmul.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "kernels/scratch.h"
+#include "kernels/tasks.h"
 
 namespace onnxq::kernels {
 namespace {
 
-// Handing a task to a pool costs a few microseconds; below these many products a task is not worth it.
-constexpr int64_t kTaskProductsInt8 = 1 << 18;
-constexpr int64_t kTaskProductsFloat = 1 << 16;
-constexpr int64_t kMostTasks = 64;
 // Bounds the rows that are quantised together.
 constexpr int64_t kScratchBytes = int64_t{32} << 20;
-// Rows of one task: their int8 or float stretch of K stays in the second-level cache.
-constexpr int64_t kTaskRowsInt8 = 480;
-constexpr int64_t kTaskRowsFloat = 240;
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
-
-const Products& ProductsOf(const KernelTable& kernels, const Weight& w) {
-  if (!w.table) return kernels.uniform[w.bits];
-  const CodebookProducts& products = kernels.codebook[w.bits];
-  if (w.window == w.bits) return products.window[0];
-  // A wider window does as well, since the table repeats itself.
-  int i = 0;
-  while (kCodebookWindows[i] < w.window) ++i;
-  return products.window[1 + i];
-}
 
 struct Call {
   const KernelTable& kernels;
   const Weight& weight;
   const float* x;
-  float* y;
   int64_t rows;
+  Output output;
   QuantizedRows quantized{};
   const float* x_f32 = nullptr;  // what the float kernel reads: x, or a padded copy of its one row
   int64_t prepare_rows = 0;      // rows of one preparing task
-  int64_t row_step = 0;          // rows of one computing task
-  int64_t tile_step = 0;         // tiles of one computing task
-  int64_t tile_tasks = 0;
-  void (*kernel_int8)(const Weight&, const QuantizedRows&, const Range&, float*) = nullptr;
-  void (*kernel_f32)(const Weight&, const float*, const Range&, float*) = nullptr;
+  TaskGrid grid{};
+  void (*kernel_int8)(const Weight&, const QuantizedRows&, const Range&, const Output&) = nullptr;
+  void (*kernel_f32)(const Weight&, const float*, const Range&, const Output&) = nullptr;
 };
 
 void QuantizeTask(void* argument, size_t index) {
@@ -62,37 +40,20 @@ void QuantizeTask(void* argument, size_t index) {
 
 void ComputeTask(void* argument, size_t index) {
   const Call& c = *static_cast<const Call*>(argument);
-  const int64_t row = int64_t(index) / c.tile_tasks * c.row_step;
-  const int64_t tile = int64_t(index) % c.tile_tasks * c.tile_step;
-  const Range range{row, std::min(row + c.row_step, c.rows), tile,
-                    std::min(tile + c.tile_step, c.weight.tiles)};
-  c.kernel_int8 ? c.kernel_int8(c.weight, c.quantized, range, c.y)
-                : c.kernel_f32(c.weight, c.x_f32, range, c.y);
+  c.kernel_int8 ? c.kernel_int8(c.weight, c.quantized, c.grid[index], c.output)
+                : c.kernel_f32(c.weight, c.x_f32, c.grid[index], c.output);
 }
 
-bool Run(const Parallel& parallel, Parallel::Task task, int64_t count, Call& call) {
-  if (count > 1) return parallel.run(parallel.pool, task, size_t(count), &call);
-  task(&call, 0);
-  return true;
-}
-
-bool Compute(const Parallel& parallel, Call& call, int64_t task_rows, int64_t block_rows,
-             int64_t task_products) {
-  const Weight& w = call.weight;
-  call.row_step = std::min(RoundUp(task_rows, block_rows), call.rows);
-  const int64_t row_tasks = CeilDiv(call.rows, call.row_step);
-  const int64_t tile_products = std::max<int64_t>(1, call.row_step * w.depth * kTileOutputs);
-  const int64_t wanted = std::clamp<int64_t>(w.tiles * tile_products / task_products, 1, kMostTasks);
-  call.tile_step = CeilDiv(w.tiles, wanted);
-  call.tile_tasks = CeilDiv(w.tiles, call.tile_step);
-  return Run(parallel, ComputeTask, row_tasks * call.tile_tasks, call);
+bool Compute(const Parallel& parallel, Call& call, Activations activations) {
+  call.grid = TaskGrid(call.kernels, activations, call.rows, call.weight.tiles, call.weight.depth);
+  return RunTasks(parallel, ComputeTask, call.grid.count(), &call);
 }
 
 bool MatMulInt8(Call& call, const Parallel& parallel, Scratch& scratch) {
   const Weight& w = call.weight;
   const size_t code_bytes = size_t(call.rows * w.blocks * kBlockDepth);
   const size_t side_bytes = size_t(call.rows * w.segment_count) * sizeof(float);
-  const Products& products = ProductsOf(call.kernels, w);
+  const Products& products = ProductsOf(call.kernels, w.bits, w.table ? w.window : 0);
   const bool centred = call.rows > 1 && products.centred;
   const size_t start_bytes = centred ? code_bytes / kStartQuads : 0;
   char* memory = scratch.Get(code_bytes + 2 * side_bytes + start_bytes);
@@ -102,14 +63,14 @@ bool MatMulInt8(Call& call, const Parallel& parallel, Scratch& scratch) {
                     centred ? reinterpret_cast<int32_t*>(memory + code_bytes + 2 * side_bytes) : nullptr};
   call.prepare_rows = std::clamp<int64_t>(kTaskProductsInt8 / 4 / w.depth, 1, call.rows);
   call.kernel_int8 = call.rows == 1 ? products.gemv_int8 : products.gemm_int8;
-  return Run(parallel, QuantizeTask, CeilDiv(call.rows, call.prepare_rows), call) &&
-         Compute(parallel, call, kTaskRowsInt8, call.kernels.gemm_rows_int8, kTaskProductsInt8);
+  return RunTasks(parallel, QuantizeTask, CeilDiv(call.rows, call.prepare_rows), &call) &&
+         Compute(parallel, call, Activations::kInt8);
 }
 
 bool MatMulF32(Call& call, const Parallel& parallel, Scratch& scratch) {
   const Weight& w = call.weight;
   call.x_f32 = call.x;
-  const Products& products = ProductsOf(call.kernels, w);
+  const Products& products = ProductsOf(call.kernels, w.bits, w.table ? w.window : 0);
   call.kernel_f32 = products.gemm_f32;
   if (call.rows == 1) {
     call.kernel_f32 = products.gemv_f32;
@@ -122,7 +83,7 @@ bool MatMulF32(Call& call, const Parallel& parallel, Scratch& scratch) {
       call.x_f32 = copy;
     }
   }
-  return Compute(parallel, call, kTaskRowsFloat, call.kernels.gemm_rows_f32, kTaskProductsFloat);
+  return Compute(parallel, call, Activations::kFloat32);
 }
 
 }  // namespace
@@ -151,8 +112,8 @@ bool MatMul(const KernelTable& kernels, const Weight& weight, Activations activa
     Call call{.kernels = kernels,
               .weight = weight,
               .x = x + row * weight.depth,
-              .y = y + row * weight.outputs,
-              .rows = std::min(most, rows - row)};
+              .rows = std::min(most, rows - row),
+              .output = {.y = y + row * weight.outputs, .stride = weight.outputs}};
     const bool done = activations == Activations::kInt8 ? MatMulInt8(call, parallel, scratch)
                                                         : MatMulF32(call, parallel, scratch);
     if (!done) return false;

@@ -11,7 +11,7 @@ constexpr int kBlockDepth = 32;   // inputs of one packed block
 constexpr int kQuads = 8;         // a block holds 8 quads of 4 consecutive inputs
 constexpr int kRowBytes = kTileOutputs * 4;
 constexpr int kMaxBits = 8;
-constexpr int kMaxCodebookBits = 4;
+constexpr int kMaxCodebookBits = 6;
 constexpr int kMaxWindow = 6;
 constexpr int kTableLevelBits = 7;  // of an entry of a codebook's table
 constexpr int kTableEntries = 1 << kMaxWindow;
@@ -68,6 +68,14 @@ struct Range {
   int64_t tile_begin, tile_end;
 };
 
+/// Where a product goes, and whether it is one of several that add up in the same place.
+struct Output {
+  float* y;                 ///< row 0, output 0
+  int64_t stride;           ///< floats from one row to the next
+  bool resumes = false;     ///< y holds the sums over other inputs, to be added to
+  bool unfinished = false;  ///< sums over other inputs will follow: leave out gain and bias
+};
+
 /// y [rows, outputs] = x [rows, depth] @ matrix [depth, outputs].
 struct FrameProduct {
   const float* x;
@@ -96,16 +104,17 @@ struct SignedCopy {
 
 /// The products of one format.
 struct Products {
-  void (*gemv_int8)(const Weight&, const QuantizedRows&, const Range&, float* y);
-  void (*gemm_int8)(const Weight&, const QuantizedRows&, const Range&, float* y);
+  void (*gemv_int8)(const Weight&, const QuantizedRows&, const Range&, const Output&);
+  void (*gemm_int8)(const Weight&, const QuantizedRows&, const Range&, const Output&);
   bool centred;  ///< gemm_int8 reads QuantizedRows::starts
   /// x: one row of blocks * 32 floats, zero beyond K.
-  void (*gemv_f32)(const Weight&, const float* x, const Range&, float* y);
+  void (*gemv_f32)(const Weight&, const float* x, const Range&, const Output&);
   /// x: [rows, depth].
-  void (*gemm_f32)(const Weight&, const float* x, const Range&, float* y);
+  void (*gemm_f32)(const Weight&, const float* x, const Range&, const Output&);
 };
 
-/// Those of one codebook width: for a window of `bits`, then for each of kCodebookWindows.
+/// Those of one codebook width: for a window of `bits`, then for each of kCodebookWindows that is not below
+/// it.
 struct CodebookProducts {
   Products window[4];
 };
@@ -117,6 +126,10 @@ struct KernelTable {
   int gemm_rows_f32;
   void (*quantize_row)(const Weight&, const float* x, int8_t* codes, float* scales, float* scaled_sum);
   void (*sum_starts)(const Weight&, const int8_t* codes, int32_t* starts);
+  /// Blocks of 32 inputs, picked from a row x and written one after the other: input j times
+  /// 2**(-columns[j] / 8) * step.
+  void (*scale_columns)(const float* x, const uint8_t* columns, float step, const int32_t* blocks,
+                        int64_t count, float* out);
   Products uniform[kMaxBits + 1];
   CodebookProducts codebook[kMaxCodebookBits + 1];
   int lanes;  ///< floats of one vector

@@ -23,25 +23,21 @@ class CodebookMatMul {
       : product_(api, info, kName,
                  {.packed = 1, .scales = 3, .zero_points = 4, .most_bits = kernels::kMaxCodebookBits}, kBias),
         window_(ReadWindow(info)) {
-    int is_constant = 0;
-    const abi::Value* table = nullptr;
-    abi::Check(api.ConstantInput(info, kTable, &is_constant, &table));
-    if (!is_constant || !table) return;
+    const abi::Value* table = ConstantInput(api, info, kTable);
+    if (!table) return;
     CheckTable(table);
     const uint8_t* entries = abi::Data<uint8_t>(api, table);
     for (int i = 0; i < 1 << window_; ++i)
       if (entries[i] > kLargestLevel)
         Refuse(title(), "input 2 (table) holds " + std::to_string(entries[i]) + " at position " +
                             std::to_string(i) + ", expected levels of 0 to " + std::to_string(kLargestLevel) +
-                            "; the file is damaged or was edited: quantize the model again");
+                            kDamaged);
   }
 
   const abi::Api& api() const { return product_.api(); }
 
   void Compute(abi::KernelContext* context) const {
-    const abi::Value* table = nullptr;
-    abi::Check(api().Input(context, kTable, &table));
-    if (!table) Refuse(title(), "input 2 (table) is missing");
+    const abi::Value* table = RequiredInput(api(), context, title(), kTable, "table");
     CheckTable(table);
     const uint8_t* entries = abi::Data<uint8_t>(api(), table);
     alignas(64) uint8_t levels[kernels::kTableEntries];
@@ -54,7 +50,7 @@ class CodebookMatMul {
   }
 
   static void InferShape(const abi::Api& api, abi::ShapeContext* context) {
-    PackedMatMul::InferShape(api, context);
+    Product::InferShape(api, context);
   }
 
  private:
@@ -75,8 +71,7 @@ class CodebookMatMul {
     if (found.type == abi::ElementType::kUint8 && found.dims == expected) return;
     Refuse(title(), std::string("input 2 (table) is ") + TypeName(found.type) + " " + ShapeText(found.dims) +
                         ", expected uint8 " + ShapeText(expected) +
-                        " for window = " + std::to_string(window_) +
-                        "; the file is damaged or was edited: quantize the model again");
+                        " for window = " + std::to_string(window_) + kDamaged);
   }
 
   PackedMatMul product_;

@@ -7,8 +7,8 @@
 
 #include "kernels/dispatch.h"
 #include "kernels/frame.h"
+#include "ops/node.h"
 #include "ops/op_base.h"
-#include "ops/packed_weight.h"
 
 namespace onnxq::ops {
 namespace {
@@ -34,18 +34,18 @@ class FrameTransform {
       : api_(api), title_(NodeTitle(api, info, kName)) {
     ReadAttributes(info);
     // What is known now is checked and prepared now.
-    if (const abi::Value* signs = Constant(info, kSigns)) signs_ = ReadSigns(signs);
-    if (const abi::Value* block = Constant(info, kBlock)) frame_.emplace(ReadBlock(block));
+    if (const abi::Value* signs = ConstantInput(api, info, kSigns)) signs_ = ReadSigns(signs);
+    if (const abi::Value* block = ConstantInput(api, info, kBlock)) frame_.emplace(ReadBlock(block));
   }
 
   const abi::Api& api() const { return api_; }
 
   void Compute(abi::KernelContext* context) const {
-    const abi::Value* x = Input(context, kX, "x");
+    const abi::Value* x = RequiredInput(api_, context, title_, kX, "x");
     std::vector<float> signs_now;
-    if (signs_.empty()) signs_now = ReadSigns(Input(context, kSigns, "signs"));
+    if (signs_.empty()) signs_now = ReadSigns(RequiredInput(api_, context, title_, kSigns, "signs"));
     std::optional<kernels::Frame> frame_now;
-    if (!frame_) frame_now.emplace(ReadBlock(Input(context, kBlock, "block")));
+    if (!frame_) frame_now.emplace(ReadBlock(RequiredInput(api_, context, title_, kBlock, "block")));
     const kernels::Frame& frame = frame_ ? *frame_ : *frame_now;
 
     std::vector<int64_t> dims = abi::ReadShape(api_, x).dims;
@@ -111,30 +111,13 @@ class FrameTransform {
            ", odd = " + std::to_string(shape_.odd);
   }
 
-  const abi::Value* Constant(const abi::KernelInfo* info, size_t index) const {
-    int is_constant = 0;
-    const abi::Value* value = nullptr;
-    if (abi::Status* status = api_.ConstantInput(info, index, &is_constant, &value)) {
-      api_.ReleaseStatus(status);
-      return nullptr;
-    }
-    return is_constant ? value : nullptr;
-  }
-
-  const abi::Value* Input(const abi::KernelContext* context, size_t index, const char* name) const {
-    const abi::Value* value = nullptr;
-    abi::Check(api_.Input(context, index, &value));
-    if (!value) Refuse(title_, "input " + std::to_string(index) + " (" + name + ") is missing");
-    return value;
-  }
-
   std::vector<float> ReadSigns(const abi::Value* value) const {
     const abi::Shape found = abi::ReadShape(api_, value);
     const std::vector<int64_t> expected = {(length_ + 7) / 8};
     if (found.type != abi::ElementType::kUint8 || found.dims != expected)
       Refuse(title_, std::string("input 1 (signs) is ") + TypeName(found.type) + " " + ShapeText(found.dims) +
                          ", expected uint8 " + ShapeText(expected) + ", one bit a value, for " +
-                         AttributesText() + "; the file is damaged or was edited: quantize the model again");
+                         AttributesText() + kDamaged);
     return kernels::UnpackSigns(abi::Data<uint8_t>(api_, value), length_);
   }
 
@@ -147,8 +130,7 @@ class FrameTransform {
     if (!fits)
       Refuse(title_, std::string("input 2 (block) is ") + TypeName(found.type) + " " + ShapeText(dims) +
                          ", expected float32 [w, w'] with 1 <= w <= w' <= 4096 and w a divisor of " +
-                         "middle * odd = " + std::to_string(right) +
-                         "; the file is damaged or was edited: quantize the model again");
+                         "middle * odd = " + std::to_string(right) + kDamaged);
     kernels::FrameShape shape = shape_;
     shape.narrow = dims[0];
     shape.wide = dims[1];

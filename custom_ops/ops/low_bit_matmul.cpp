@@ -21,7 +21,7 @@ class LowBitMatMul {
     product_.Compute(context, product_.weight().Bind(context));
   }
   static void InferShape(const abi::Api& api, abi::ShapeContext* context) {
-    PackedMatMul::InferShape(api, context);
+    Product::InferShape(api, context);
   }
 
  private:

@@ -1,11 +1,10 @@
-// What the products with a packed weight share: y = x @ W.T + bias, whatever W's codes stand for.
+// What the products with a packed weight share, whatever its codes stand for.
 #pragma once
 
-#include <string>
-
 #include "abi/ort_abi.h"
-#include "kernels/matmul.h"
+#include "kernels/problem.h"
 #include "ops/packed_weight.h"
+#include "ops/product.h"
 
 namespace onnxq::ops {
 
@@ -20,16 +19,10 @@ class PackedMatMul {
   /// `weight` comes from weight().Bind; its bias is filled in here.
   void Compute(abi::KernelContext* context, kernels::Weight weight) const;
 
-  static void InferShape(const abi::Api& api, abi::ShapeContext* context);
-
  private:
-  /// True when one value serves every output.
-  bool CheckBias(const abi::Value* bias) const;
-
   abi::Api api_;
   PackedWeight weight_;
-  kernels::Activations activations_;
-  size_t bias_input_;
+  Product product_;
 };
 
 }  // namespace onnxq::ops

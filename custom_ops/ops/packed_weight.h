@@ -6,21 +6,10 @@
 #include <vector>
 
 #include "abi/ort_abi.h"
-#include "abi/result.h"
 #include "kernels/problem.h"
+#include "ops/node.h"
 
 namespace onnxq::ops {
-
-/// "LowBitMatMul node 'encoder/fc1'": how every message of this node begins.
-std::string NodeTitle(const abi::Api& api, const abi::KernelInfo* info, const char* op);
-
-int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const std::string& title,
-                     const char* name);
-int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const char* name, int64_t missing);
-
-std::string ShapeText(const std::vector<int64_t>& dims);
-const char* TypeName(abi::ElementType type);
-[[noreturn]] void Refuse(const std::string& title, const std::string& what);
 
 /// Where a node keeps its weight, and how wide its codes may be.
 struct WeightInputs {

@@ -10,6 +10,7 @@
 #include "ops/frame_transform.h"
 #include "ops/low_bit_gather.h"
 #include "ops/low_bit_matmul.h"
+#include "ops/mixed_bit_matmul.h"
 #include "ops/op_base.h"
 
 namespace {
@@ -24,6 +25,7 @@ onnxq::abi::CustomOpDomain* TheDomain(const Api& api) {
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::LowBitMatMulOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::LowBitGatherOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::CodebookMatMulOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::MixedBitMatMulOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameAnalysisOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameSynthesisOp()));
     return made;

@@ -71,6 +71,19 @@ struct Isa {
     }
   };
 
+  /// 2**(-c / 8) of bytes c, from the first such values.
+  struct ColumnScales {
+    __m256 eighths;
+    explicit ONNXQ_INLINE ColumnScales(const float* values) : eighths(_mm256_loadu_ps(values)) {}
+    ONNXQ_INLINE Floats Look(const uint8_t* columns) const {
+      const __m256i c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(columns)));
+      // Bits 0 to 2 are all that the permutation looks at; the others count octaves, which are exponents.
+      const __m256 fraction = _mm256_permutevar8x32_ps(eighths, c);
+      const __m256i octaves = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(~7)), 20);
+      return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(fraction), octaves));
+    }
+  };
+
   static ONNXQ_INLINE Partial ZeroPartial() { return _mm256_setzero_si256(); }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, quad));
@@ -121,23 +134,25 @@ struct Isa {
   static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
   static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
 
-  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 top = _mm256_set1_ps(largest);
-    __m256 bad = _mm256_set1_ps(poison);
+  static ONNXQ_INLINE void AbsMax32(const float* x, Ints& top) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     for (int i = 0; i < 32; i += kLanes) {
-      const __m256 v = _mm256_loadu_ps(x + i);
-      top = _mm256_max_ps(_mm256_andnot_ps(sign, v), top);
-      bad = _mm256_fmadd_ps(v, _mm256_setzero_ps(), bad);
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+      top = _mm256_max_epi32(top, _mm256_and_si256(bits, magnitude));
     }
-    __m128 t = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
-    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
-    largest = _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
-    __m128 p = _mm_add_ps(_mm256_castps256_ps128(bad), _mm256_extractf128_ps(bad, 1));
-    p = _mm_add_ps(p, _mm_movehl_ps(p, p));
-    poison = _mm_cvtss_f32(_mm_add_ss(p, _mm_shuffle_ps(p, p, 1)));
   }
-  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+  /// The float that the largest of the numbers is the bits of.
+  static ONNXQ_INLINE float LargestFloat(Ints v) {
+    __m128i t = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1))));
+  }
+  static ONNXQ_INLINE int32_t Sum(Ints v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  static ONNXQ_INLINE void Quantize32(const float* x, float inverse, int8_t* codes, Ints& sum) {
     const __m256 by = _mm256_set1_ps(inverse);
     const auto round = [&](int at) ONNXQ_INLINE_LAMBDA {
       return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + at), by));
@@ -149,9 +164,6 @@ struct Isa {
         _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 };

@@ -45,6 +45,15 @@ ONNXQ_INLINE __m512i _mm512_slli_epi32(__m512i v, unsigned n) { return __m512i(U
 ONNXQ_INLINE __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 ONNXQ_INLINE __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 ONNXQ_INLINE __m512i _mm512_add_epi32(__m512i a, __m512i b) { return __m512i(Unsigned16(a) + Unsigned16(b)); }
+ONNXQ_INLINE __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return __m512i(Unsigned16(a) - Unsigned16(b)); }
+ONNXQ_INLINE __m512i _mm512_max_epi32(__m512i a, __m512i b) { return a > b ? a : b; }
+ONNXQ_INLINE __m512i _mm512_castps_si512(__m512 v) { return __m512i(v); }
+ONNXQ_INLINE __m512 _mm512_castsi512_ps(__m512i v) { return __m512(v); }
+ONNXQ_INLINE __m512 _mm512_permutexvar_ps(__m512i index, __m512 table) {
+  __m512 r;
+  for (int i = 0; i < 16; ++i) r[i] = table[index[i] & 15];
+  return r;
+}
 ONNXQ_INLINE __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i codes, __m512i quad) {
   const Unsigned16 c = Unsigned16(codes);
   const Unsigned16 q = Unsigned16(quad);
@@ -120,18 +129,11 @@ ONNXQ_INLINE int32_t _mm512_reduce_add_epi32(__m512i v) {
   for (int i = 0; i < 16; ++i) s += uint32_t(v[i]);
   return int32_t(s);
 }
-ONNXQ_INLINE float _mm512_reduce_add_ps(__m512 v) {
-  float s = 0;
-  for (int i = 0; i < 16; ++i) s += v[i];
-  return s;
-}
-ONNXQ_INLINE float _mm512_reduce_max_ps(__m512 v) {
-  float m = v[0];
-  for (int i = 0; i < 16; ++i) m = v[i] > m ? v[i] : m;
+ONNXQ_INLINE int32_t _mm512_reduce_max_epi32(__m512i v) {
+  int32_t m = v[0];
+  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
-ONNXQ_INLINE __m512 _mm512_abs_ps(__m512 v) { return v < 0.0f ? -v : v; }
-ONNXQ_INLINE __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }
 ONNXQ_INLINE __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 ONNXQ_INLINE __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 ONNXQ_INLINE __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }

@@ -62,6 +62,19 @@ struct Isa {
     }
   };
 
+  /// 2**(-c / 8) of bytes c, from the first such values.
+  struct ColumnScales {
+    __m512 eighths;
+    explicit ONNXQ_INLINE ColumnScales(const float* values) : eighths(_mm512_loadu_ps(values)) {}
+    ONNXQ_INLINE Floats Look(const uint8_t* columns) const {
+      const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+      // Bits 0 to 3 are all that the permutation looks at; the others count octaves, which are exponents.
+      const __m512 fraction = _mm512_permutexvar_ps(c, eighths);
+      const __m512i octaves = _mm512_slli_epi32(_mm512_and_si512(c, _mm512_set1_epi32(~15)), 20);
+      return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(fraction), octaves));
+    }
+  };
+
   static ONNXQ_INLINE Partial ZeroPartial() { return _mm512_setzero_si512(); }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
     return _mm512_dpbusd_epi32(sum, codes, quad);
@@ -92,19 +105,25 @@ struct Isa {
   static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
   static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 
-  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
-    const __m512 a = _mm512_loadu_ps(x);
-    const __m512 b = _mm512_loadu_ps(x + kLanes);
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    largest = top > largest ? top : largest;
-    poison += _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_add_ps(a, b), _mm512_setzero_ps()));
+  static ONNXQ_INLINE void AbsMax32(const float* x, Ints& top) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(x), magnitude));
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_loadu_si512(x + kLanes), magnitude));
   }
-  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+  /// The float that the largest of the numbers is the bits of.
+  static ONNXQ_INLINE float LargestFloat(Ints v) {
+    const int32_t bits = _mm512_reduce_max_epi32(v);
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof largest);
+    return largest;
+  }
+  static ONNXQ_INLINE int32_t Sum(Ints v) { return _mm512_reduce_add_epi32(v); }
+  static ONNXQ_INLINE void Quantize32(const float* x, float inverse, int8_t* codes, Ints& sum) {
     const __m512 by = _mm512_set1_ps(inverse);
     const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by));
     const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + kLanes), by));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtsepi32_epi8(low));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + kLanes), _mm512_cvtsepi32_epi8(high));
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+    sum = _mm512_add_epi32(sum, _mm512_add_epi32(low, high));
   }
 };

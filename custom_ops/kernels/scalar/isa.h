@@ -65,6 +65,18 @@ struct Isa {
     }
   };
 
+  /// 2**(-c / 8) of bytes c, from the first such values.
+  struct ColumnScales {
+    const float* eighths;
+    explicit ONNXQ_INLINE ColumnScales(const float* values) : eighths(values) {}
+    ONNXQ_INLINE Floats Look(const uint8_t* columns) const {
+      const Unsigned4 c{columns[0], columns[1], columns[2], columns[3]};
+      const Floats fraction{eighths[c[0] & 7], eighths[c[1] & 7], eighths[c[2] & 7], eighths[c[3] & 7]};
+      // The bits above count octaves, which are exponents.
+      return Floats(Unsigned4(fraction) - ((c & ~7u) << 20));
+    }
+  };
+
   static ONNXQ_INLINE Partial ZeroPartial() { return Partial{}; }
   static ONNXQ_INLINE Partial Dot(Partial sum, Bytes codes, Bytes quad) {
     // The shift up and the arithmetic shift down give each input its sign.
@@ -98,17 +110,22 @@ struct Isa {
   static ONNXQ_INLINE Floats MulSub(Floats a, Floats b, Floats c) { return a * b - c; }
   static ONNXQ_INLINE Floats NegMulAdd(Floats a, Floats b, Floats c) { return c - a * b; }
 
-  static ONNXQ_INLINE void AbsMax32(const float* x, float& largest, float& poison) {
-    for (int i = 0; i < 32; ++i) {
-      const float magnitude = x[i] < 0.0f ? -x[i] : x[i];
-      largest = magnitude > largest ? magnitude : largest;
-      poison += x[i] * 0.0f;
+  static ONNXQ_INLINE void AbsMax32(const float* x, Ints& top) {
+    for (int i = 0; i < 32; i += kLanes) {
+      const Ints magnitude = LoadAs<Ints>(x + i) & 0x7fffffff;
+      top = magnitude > top ? magnitude : top;
     }
   }
-  static ONNXQ_INLINE int32_t Quantize32(const float* x, float inverse, int8_t* codes) {
+  /// The float that the largest of the numbers is the bits of.
+  static ONNXQ_INLINE float LargestFloat(Ints v) {
+    const int32_t low = v[0] > v[1] ? v[0] : v[1];
+    const int32_t high = v[2] > v[3] ? v[2] : v[3];
+    return LoadAs<float>(low > high ? &low : &high);
+  }
+  static ONNXQ_INLINE int32_t Sum(Ints v) { return v[0] + v[1] + v[2] + v[3]; }
+  static ONNXQ_INLINE void Quantize32(const float* x, float inverse, int8_t* codes, Ints& sum) {
     // Adding and taking off 1.5 * 2**23 leaves the nearest whole number, halves to even.
     constexpr float kRound = 12582912.0f;
-    int32_t sum = 0;
     for (int i = 0; i < 32; ++i) {
       const float scaled = x[i] * inverse;
       // NaN becomes 0 here: NaN and infinite inputs reach the output through the scale.
@@ -116,8 +133,7 @@ struct Isa {
       const float clamped = known > 127.0f ? 127.0f : known < -127.0f ? -127.0f : known;
       const float rounded = (clamped + kRound) - kRound;
       codes[i] = int8_t(rounded);
-      sum += codes[i];
+      sum[i % kLanes] += codes[i];
     }
-    return sum;
   }
 };
