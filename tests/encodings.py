@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
 from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of
-from onnxq.formats.packing import TILE_N, ceil_div
+from onnxq.formats.mixed import DEEPEST, MixedEncoding, MixedFormat
+from onnxq.formats.packing import BLOCK_K, TILE_N, ceil_div
 from onnxq.formats.uniform import UniformEncoding, UniformFormat, choose_gain, round_scales
 
 
@@ -32,6 +35,22 @@ def random_codebook(format: CodebookFormat, n: int, k: int, seed: int = 0) -> Co
     scales = rng.uniform(0.005, 0.01, (n, format.groups(k)))
     gain = choose_gain(scales)
     return CodebookEncoding(format, codes, round_scales(scales, gain), gain)
+
+
+def random_mixed(
+    n: int, k: int, band: int = 64, seed: int = 0, depths: Sequence[int] = range(DEEPEST + 1)
+) -> MixedEncoding:
+    """A mixed encoding of an [n, k] weight: any order, any of `depths`, any codes, those of the padding included."""
+    rng = np.random.default_rng(seed)
+    bands, blocks = ceil_div(n, band), ceil_div(k, BLOCK_K)
+    by_band = rng.choice(np.array(depths), (bands, blocks))
+    format = MixedFormat.of(band, rng.permutation(k), by_band)
+    depth = np.repeat(np.repeat(format.by_tile(n), TILE_N, axis=0), BLOCK_K, axis=1)
+    codes = rng.integers(0, np.left_shift(1, depth, dtype=np.int64)).astype(np.uint8)
+    columns = rng.integers(0, 256, (bands, blocks * BLOCK_K)).astype(np.uint8)
+    scales = rng.uniform(0.005, 0.01, (n, 1))
+    gain = choose_gain(scales)
+    return MixedEncoding(format, codes, columns, round_scales(scales, gain)[:, 0], gain)
 
 
 def random_framed(format: FramedFormat, n: int, k: int, seed: int = 0) -> FramedEncoding:

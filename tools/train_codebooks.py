@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from onnxq.solvers.viterbi import open_path
 
-PAIRS = ((1, 4), (1, 6), (2, 2), (2, 4), (2, 6), (3, 3), (3, 4), (3, 6), (4, 4), (4, 6))
+PAIRS = ((1, 4), (1, 6), (2, 2), (2, 4), (2, 6), (3, 3), (3, 4), (3, 6), (4, 4), (4, 6), (5, 5), (6, 6))
 STEPS, SEQUENCES, TEST_SEQUENCES = 64, 256, 4096
 SHORT_ROUNDS, LONG_ROUNDS, FINALISTS = 12, 60, 3
 MIDDLE, LARGEST = 63.5, 127
@@ -122,7 +122,7 @@ def main() -> None:
         step, entries, error = train(Trellis(bits, window), restarts)
         print(f"{bits} bits, window {window}: {error:.4f}", file=sys.stderr, flush=True)
         numbers = textwrap.fill(", ".join(map(str, entries)), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-        parts.append(f"    ({bits}, {window}): Table(\n        {step},\n        {error:.4f},\n        (\n")
+        parts.append(f"    ({bits}, {window}): Table(\n        {step},\n        {error:.3g},\n        (\n")
         parts.append(textwrap.indent(numbers, " " * 4) + ",\n        ),\n    ),\n")
     parts.append("}\n")
     sys.stdout.write("".join(parts))

@@ -36,7 +36,7 @@ class CodebookFormat:
     """Width, window and grouping.
 
     Attributes:
-        bits: of a code, 1 to 4.
+        bits: of a code, 1 to 6.
         window: bits of the index, `bits` to 6: 4 costs a kernel one shuffle per 32 weights, 6 costs four.
         group_size: weights along K that share a scale, a multiple of 32; None means the whole column.
     """

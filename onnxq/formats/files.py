@@ -8,15 +8,17 @@ import numpy as np
 
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
 from onnxq.formats.framed import FramedEncoding, FramedFormat
+from onnxq.formats.mixed import MixedEncoding, MixedFormat
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
 
-AnyFormat = UniformFormat | CodebookFormat | FramedFormat
-AnyEncoding = UniformEncoding | CodebookEncoding | FramedEncoding
+AnyFormat = UniformFormat | CodebookFormat | FramedFormat | MixedFormat
+AnyEncoding = UniformEncoding | CodebookEncoding | FramedEncoding | MixedEncoding
 
 _KINDS: dict[str, type[AnyEncoding]] = {
     "uniform": UniformEncoding,
     "codebook": CodebookEncoding,
     "framed": FramedEncoding,
+    "mixed": MixedEncoding,
 }
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript import OnnxFunction
 
 from onnxq.errors import ModelError
-from onnxq.ops import codebook, codebook_legacy, frame, lowbit, lowbit_legacy
+from onnxq.ops import codebook, codebook_legacy, frame, lowbit, lowbit_legacy, mixed
 
 DOMAIN = "onnxq"
 OPSET_VERSION = 1
@@ -27,6 +27,7 @@ _BODIES: dict[str, tuple[OnnxFunction[..., Any], OnnxFunction[..., Any]]] = {
     "LowBitMatMul": (lowbit.LowBitMatMul, lowbit_legacy.LowBitMatMul),
     "LowBitGather": (lowbit.LowBitGather, lowbit_legacy.LowBitGather),
     "CodebookMatMul": (codebook.CodebookMatMul, codebook_legacy.CodebookMatMul),
+    "MixedBitMatMul": (mixed.MixedBitMatMul, mixed.MixedBitMatMul),
     "FrameAnalysis": (frame.FrameAnalysis, frame.FrameAnalysis),
     "FrameSynthesis": (frame.FrameSynthesis, frame.FrameSynthesis),
 }

@@ -36,7 +36,7 @@ class InspectedWeight:
         shape: (N, K).
         format: how it is stored, in words.
         form: the op types that read it.
-        code_bits: of one code, or of a float.
+        code_bits: of one code, or of a float; a mean where depths are mixed.
         bytes: of all its tensors in the file.
         relative_error: ||W - W'||^2 / ||W||^2; None where unknown.
         measured: whether the error was measured here, against a reference model, and not only reported.
@@ -51,7 +51,7 @@ class InspectedWeight:
     shape: tuple[int, int]
     format: str
     form: str
-    code_bits: int
+    code_bits: float
     bytes: int
     relative_error: float | None
     measured: bool

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnxq import ops
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.mixed import MixedEncoding, MixedFormat, PackedMixed, steps, tables
 from onnxq.formats.packing import TILE_N, ceil_div, unpack_codes, untile_groups
 from onnxq.formats.uniform import PackedUniform, UniformEncoding, UniformFormat, ZeroPoint
 from onnxq.graph.tensors import WEIGHT_TYPES, read_array
@@ -32,7 +33,7 @@ class Part:
     Attributes:
         name: the weight's name.
         n, k: outputs (or rows) and inputs (or row width).
-        bits: of a code.
+        bits: of a code; the mean over all blocks where depths are mixed.
         label: its format, for people.
         nodes: what reads it.
         kinds: "linear", "table" or both.
@@ -43,7 +44,7 @@ class Part:
     name: str
     n: int
     k: int
-    bits: int
+    bits: float
     label: str
     nodes: tuple[ir.Node, ...]
     kinds: tuple[str, ...]
@@ -57,7 +58,7 @@ class _Found:
 
     n: int
     k: int
-    bits: int
+    bits: float
     label: str
     kind: str
     decode: Callable[[], np.ndarray] | None
@@ -73,7 +74,10 @@ def stored_parts(model: ir.Model) -> list[Part]:
         inputs, describe = reader
         operands = [node.inputs[index] if index < len(node.inputs) else None for index in inputs]
         codes = stored_behind(operands[0])
-        if not codes or _elements(codes[0]) < _SMALLEST or _type(codes[0]) in WEIGHT_TYPES:
+        if not codes or _type(codes[0]) in WEIGHT_TYPES:
+            continue
+        # A weight of ours may have no codes at all: where every depth is 0.
+        if _elements(codes[0]) < _SMALLEST and node.domain != ops.DOMAIN:
             continue
         said = describe(node)
         if said is None:
@@ -170,6 +174,25 @@ def _describe_codebook(node: ir.Node) -> _Found | None:
 
     # A table of other levels decodes otherwise: it can't be compared.
     known = np.array_equal(_array(node.inputs[2]), format.table)
+    return _Found(n, k, bits, format.label(), "linear", decode if known else None)
+
+
+def _describe_mixed(node: ir.Node) -> _Found:
+    n, k = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    band, gain = node.attributes.get_int("band", 0), node.attributes.get_float("gain", 1.0)
+    depths, order = _array(node.inputs[2]), _array(node.inputs[5])
+    try:
+        format = MixedFormat.of(band, order, depths)
+        bits = format.mean_depth(n)
+    except ValueError:
+        return _Found(n, k, float(depths.mean()), "mixed depths", "linear", None)
+
+    def decode() -> np.ndarray:
+        arrays = PackedMixed(_array(node.inputs[1]), depths, _array(node.inputs[3]), _array(node.inputs[4]))
+        return MixedEncoding.unpack(arrays, order, band, n, gain).dequantize()
+
+    # Other levels decode otherwise: they can't be compared.
+    known = np.array_equal(_array(node.inputs[6]), tables()) and np.array_equal(_array(node.inputs[7]), steps())
     return _Found(n, k, bits, format.label(), "linear", decode if known else None)
 
 
@@ -290,6 +313,7 @@ _READERS: Mapping[tuple[str, str], tuple[tuple[int, ...], _Describe]] = {
     (ops.DOMAIN, "LowBitMatMul"): ((1, 2, 3), _describe_ours),
     (ops.DOMAIN, "LowBitGather"): ((1, 2, 3), _describe_ours),
     (ops.DOMAIN, "CodebookMatMul"): ((1, 3, 4), _describe_codebook),  # weights share tables
+    (ops.DOMAIN, "MixedBitMatMul"): ((1, 2, 3, 4), _describe_mixed),  # they share orders too
     ("com.microsoft", "MatMulNBits"): ((1, 2, 3), _describe_nbits),
     ("com.microsoft", "GatherBlockQuantized"): ((0, 2, 3), _describe_rows),
     ("", "DequantizeLinear"): ((0, 1, 2), _describe_dequantize),

@@ -74,7 +74,7 @@ _REFUSALS = (
         "Quantise again with whole zero points (uint8).",
     ),
     (
-        r"onnxq.*(is not a registered function/op|No Op registered)|an implementation for (LowBit|Codebook|Frame)",
+        r"onnxq.*(not a registered function/op|No Op registered)|an implementation for (LowBit|Codebook|Mixed|Frame)",
         _NO_BODIES,
     ),
     (

@@ -24,7 +24,7 @@ CLOSED = 0.1
 """What closing runs of 64 steps costs at most: it binds up to 5 of their bits."""
 FITTED = 0.03
 """How far scales that come from 192 weights may move the error."""
-BOUND = {1: 0.25, 2: 0.0625, 3: 2.0**-6, 4: 2.0**-8}
+BOUND = {bits: 4.0**-bits for bits in range(1, 7)}
 """Rate-distortion bound of a Gaussian."""
 
 
@@ -143,7 +143,7 @@ def test_labels_tell_formats_apart() -> None:
     assert CodebookFormat(2, 4).label() == "trellis 2-bit w4 column"
 
 
-@pytest.mark.parametrize(("bits", "window"), [(5, 5), (0, 4), (2, 7), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("bits", "window"), [(5, 6), (0, 4), (2, 7), (3, 2), (2, 1)])
 def test_formats_without_a_table_are_refused(bits: int, window: int) -> None:
     with pytest.raises(ValueError, match=f"no table for {bits} bits with window {window}; there are 1 with"):
         CodebookFormat(bits, window)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from onnxq.formats.codebook import CodebookEncoding
 from onnxq.formats.files import AnyEncoding
 from onnxq.formats.framed import FramedEncoding
+from onnxq.formats.mixed import MixedEncoding
 from onnxq.formats.uniform import ZeroPoint
 from onnxq.graph import Site
 from onnxq.passes.forms.base import Form, StoredWeight
 from onnxq.passes.forms.codebook import CodebookForm
 from onnxq.passes.forms.framed import FramedForm
 from onnxq.passes.forms.kernel import KernelForm
+from onnxq.passes.forms.mixed import MixedForm
 from onnxq.passes.forms.stock import BlockForm, DequantizeForm, block_size, dequantize_refusal, stock_refusal
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Form",
     "FramedForm",
     "KernelForm",
+    "MixedForm",
     "Readers",
     "StoredWeight",
     "choose_form",
@@ -73,6 +76,9 @@ def choose_form(
     if isinstance(encoding, CodebookEncoding):
         note = "left as a function: stock ONNX Runtime has no levels from tables" if stock else ""
         return CodebookForm(accuracy_level), note
+    if isinstance(encoding, MixedEncoding):
+        note = "left as a function: stock ONNX Runtime has no mixed depths" if stock else ""
+        return MixedForm(accuracy_level), note
     kernel = KernelForm(accuracy_level)
     if not stock:
         return kernel, ""

@@ -7,6 +7,7 @@ with the methods of `Form`; `onnxq.passes.forms.choose_form` says which weight t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -77,3 +78,8 @@ class Form(Protocol):
 def constant(tape: ir.tape.Tape, array: np.ndarray) -> ir.Value:
     """A Constant node of a small array."""
     return tape.op("Constant", [], {"value": ir.tensor(array)})
+
+
+def digest(array: np.ndarray) -> str:
+    """What tells an array from others of its type, for the name of a `SharedArray`."""
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:12]

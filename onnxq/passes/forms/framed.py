@@ -9,7 +9,6 @@ side. Weights that read one tensor have equal analyses there, which `ShareTransf
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ import onnx_ir as ir
 from onnxq import ops
 from onnxq.formats.framed import FramedEncoding
 from onnxq.frames import Frame, FrameShape
-from onnxq.passes.forms.base import Form, SharedArray, StoredWeight, constant
+from onnxq.passes.forms.base import Form, SharedArray, StoredWeight, constant, digest
 
 TRANSFORM_PROPERTY = "onnxq.transform"
 """Metadata key of nodes that transform activations: equal ones in a graph may be merged."""
@@ -57,8 +56,7 @@ class FramedForm:
             arrays = frame.matrices() if self.stock else {"signs": frame.signs, "block": frame.block}
             for role, array in arrays.items():
                 # Frames differ by their sizes and signs; a block or matrix may serve several.
-                digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:12]
-                shared[f"{side}.{role}"] = SharedArray(f"{ARRAY_PREFIX}{role}.{digest}", array)
+                shared[f"{side}.{role}"] = SharedArray(f"{ARRAY_PREFIX}{role}.{digest(array)}", array)
         return shared
 
     def attributes(self, encoding: FramedEncoding) -> dict[str, Any]:
