@@ -168,7 +168,8 @@ class _Measurement:
         for passing in range(self._settings.passes):
             sent = {}
             for name, output in found.items():
-                cotangent = probes.cotangent(name, output, picked[name], number, passing, self._samples)
+                first = self._settings.first + self._samples
+                cotangent = probes.cotangent(name, output, picked[name], number, passing, first)
                 if cotangent is not None and output.requires_grad:
                     sent[name] = cotangent
             if sent:

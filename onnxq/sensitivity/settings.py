@@ -22,6 +22,8 @@ class SensitivitySettings:
         samples: at most so many of the data's samples, evenly spread over its batches; None: all.
         tokens_at_once: batches are split by samples until their token inputs hold no more; what a run holds in
             memory grows with it.
+        first: how many samples went before, where a measurement goes on from others: with "pca" it says which
+            eigenvector's turn it is.
         outputs: see `onnxq.calibration.output_rows.OutputRows`.
         seed: of everything drawn.
         device: of torch, such as "cuda".
@@ -35,6 +37,7 @@ class SensitivitySettings:
     passes: int = 2
     samples: int | None = None
     tokens_at_once: int = 1024
+    first: int = 0
     outputs: tuple[str, ...] | None = None
     seed: int = 0
     device: str = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -245,6 +246,20 @@ def test_samples_are_a_ceiling(tmp_path: Path) -> None:
     loaded, data = opened(narrow(), tmp_path, ids=np.random.default_rng(0).integers(0, 6, (9, 3)))
     for wanted in (1, 3, 4, 9):
         assert 1 <= measured(loaded, data, SensitivitySettings("output", samples=wanted)).samples <= wanted
+
+
+def test_components_take_turns_across_measurements(tmp_path: Path) -> None:
+    """Two samples with the first and the second component are a measurement of one each, if the second goes on."""
+    ids = np.random.default_rng(0).integers(0, 5, (1, 4))
+    loaded, data = opened(models.tied_embedding(False, rows=5, width=3), tmp_path, ids=np.tile(ids, (2, 1)))
+    one = open_data([{"ids": ids}], data.inputs)
+    both = SensitivitySettings.paper(components=2)
+    (tied,) = find_weights(loaded.model).weights
+    expected = measured(loaded, data, both).weights[tied.name].groups
+    turns = [measured(loaded, one, replace(both, first=turn)).weights[tied.name].groups for turn in range(3)]
+    np.testing.assert_allclose((turns[0] + turns[1]) / 2, expected, rtol=1e-4)
+    np.testing.assert_allclose(turns[2], turns[0], rtol=1e-6)
+    assert not np.allclose(turns[0], turns[1], rtol=0.1)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +26,7 @@ from onnxq.graph import Weight, find_weights, load
 from onnxq.pipeline.solve import dequantized_roots, encode, statistics_of
 from onnxq.recipe import FrameSpec, GridSpec, LinearPlan, Recipe, SolverSpec
 from onnxq.solvers.loss import relative_proxy_loss
-from tools.models import cache_folder
+from tools.tables.results import cell_file, load_result, save_result
 from tools.tables.subjects import SUBJECTS, Subject, measure_with
 
 VERSION = 1
@@ -144,20 +142,7 @@ def cells() -> Iterator[tuple[Method, float, LinearPlan]]:
 
 
 def store(subject: str, method: Method, rate: float) -> Path:
-    folder = cache_folder() / "tables" / f"framequant-{VERSION}"
-    plain = "".join(letter if letter.isalnum() else "-" for letter in method.name)
-    return folder / f"{subject}.{plain}.{rate:g}.json"
-
-
-def load_result(file: Path) -> Result | None:
-    return Result(**json.loads(file.read_text())) if file.is_file() else None
-
-
-def save_result(file: Path, result: Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(dataclasses.asdict(result)))
-    partial.replace(file)
+    return cell_file(f"framequant-{VERSION}", subject, method.name, rate)
 
 
 def fill(name: str, only: Sequence[str], console: Console) -> None:
@@ -183,7 +168,7 @@ def fill(name: str, only: Sequence[str], console: Console) -> None:
 def rows(name: str) -> Iterator[list[str]]:
     """The lines of a subject's table as texts; cells that are not known are empty."""
     for method in methods():
-        cells = [load_result(store(name, method, rate)) for rate in RATES]
+        cells = [load_result(store(name, method, rate), Result) for rate in RATES]
         yield [
             method.name,
             *("" if cell is None else f"{cell.metric:.4g} ({cell.bits:.2f}; {cell.proxy_loss:.4f})" for cell in cells),
@@ -191,7 +176,7 @@ def rows(name: str) -> Iterator[list[str]]:
 
 
 def show(name: str, console: Console, markdown: bool) -> None:
-    baseline = load_result(store(name, Method("float", {}), 32))
+    baseline = load_result(store(name, Method("float", {}), 32), Result)
     title = name + ("" if baseline is None else f" (float: {baseline.metric:.4g})")
     headings = ["method", *(f"{rate:g} bits" for rate in RATES)]
     if markdown:
