@@ -65,7 +65,7 @@ class GridSpec:
             2 bits and per-group above, and with target "stock" what stock ONNX Runtime can hold.
         window: levels of a table instead of equal steps, looked up by so many bits: the code's own and those of the
             codes before it (see `onnxq.formats.codebook`). For weights in a frame, which are Gaussian. Where there is
-            no table (more than 4 bits, target "stock", weights that look-ups read), the grid is uniform.
+            no table (such as 7 bits, target "stock", weights that look-ups read), the grid is uniform.
     """
 
     bits: int = 4
@@ -138,6 +138,20 @@ def _as_fraction(value: float) -> Fraction:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixedSpec:
+    """Depths of 0 to 8 bits inside each weight, which a budget chooses (`onnxq.formats.mixed`).
+
+    Attributes:
+        band: about so many outputs have depths of their own.
+    """
+
+    band: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.band >= 32, f"band is {self.band}; it must be 32 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class SolverSpec:
     """What chooses the codes.
 
@@ -174,16 +188,24 @@ class LinearPlan:
         frame: the domain that they are stored in; null for their own.
         solver: what chooses the codes.
         activations: "int8" (fast) or "float32" (exact) activations of the kernel.
+        mixed: depths that change inside a weight; null for one depth. `grid` then names the mean where no budget
+            does, and serves stacks of weights and those that look-ups read too. Depths take the place of a frame.
     """
 
     grid: GridSpec = GridSpec()
     frame: FrameSpec | None = None
     solver: SolverSpec = SolverSpec()
     activations: Literal["int8", "float32"] = "int8"
+    mixed: MixedSpec | None = None
 
     def __post_init__(self) -> None:
         _require_choices(self)
         self.require_levels(self.grid, "grid")
+        _require(self.frame is None or self.mixed is None, "a plan has a frame or mixed depths, not both")
+        searched = self.solver.levels == "search"
+        _require(
+            self.mixed is None or searched, f'levels {self.solver.levels!r} are of one depth; mixed ones need "search"'
+        )
 
     def require_levels(self, grid: GridSpec, where: str) -> None:
         """Refuse a grid that the solver's rule of levels does not fit."""
@@ -288,6 +310,7 @@ class Recipe:
         name: what it is called.
         description: what it is for, in a sentence.
         linear, tables: see `LinearPlan` and `TablePlan`.
+        alternatives: other plans of products' weights; a budget takes for each weight the one that serves it best.
         rules: exceptions by name.
         min_elements: smaller weights stay in float.
         calibration: see `CalibrationSpec`.
@@ -301,6 +324,7 @@ class Recipe:
     description: str = ""
     linear: LinearPlan = LinearPlan()
     tables: TablePlan = TablePlan()
+    alternatives: tuple[LinearPlan, ...] = ()
     rules: tuple[Rule, ...] = ()
     min_elements: int = 4096
     calibration: CalibrationSpec = CalibrationSpec()
@@ -313,10 +337,19 @@ class Recipe:
         _require_choices(self)
         _require(self.min_elements >= 0, f"min_elements is {self.min_elements}; it must be 0 or more")
         if self.target == "stock":
+            mixed = any(plan.mixed for plan in (self.linear, *self.alternatives))
+            _require(not mixed, 'target is "stock", which has no mixed depths: leave linear.mixed out, or use "kernel"')
             _require_whole_zeros(self.linear.grid, "linear.grid")
+            for index, plan in enumerate(self.alternatives):
+                _require_whole_zeros(plan.grid, f"alternatives[{index}].grid")
             _require_whole_zeros(self.tables.grid, "tables.grid")
             for index, rule in enumerate(self.rules):
                 _require_whole_zeros(rule.grid, f"rules[{index}].grid")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether formats follow from a budget, so that there must be one."""
+        return self.linear.mixed is not None or bool(self.alternatives)
 
     def formats(self, grid: GridSpec, *, products: bool, look_ups: bool) -> tuple[AnyFormat, ...]:
         """How a weight may be stored on a grid, all at one price.
@@ -465,6 +498,20 @@ _PRESETS = {
                 grid=GridSpec(2, "column", "per-group-integer"),
                 frame=FrameSpec(1.125),
                 solver=SolverSpec(levels="two-sigma", order="natural", refit=False),
+            ),
+        ),
+        Recipe(
+            "cvxq",
+            "Depths of 0 to 8 bits inside each weight, spent by what they do to the outputs; to --size or --bits.",
+            linear=LinearPlan(grid=GridSpec(3, "column"), mixed=MixedSpec()),
+        ),
+        Recipe(
+            "auto",
+            "The best of all formats for each weight, to --size or --bits (4 where neither is given).",
+            linear=LinearPlan(),
+            alternatives=(
+                LinearPlan(grid=GridSpec(2, "column", window=4), frame=FrameSpec()),
+                LinearPlan(grid=GridSpec(3, "column"), mixed=MixedSpec()),
             ),
         ),
     )

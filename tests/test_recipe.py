@@ -18,6 +18,7 @@ from onnxq.recipe import (
     FrameSpec,
     GridSpec,
     LinearPlan,
+    MixedSpec,
     Recipe,
     Rule,
     SolverSpec,
@@ -45,8 +46,15 @@ FULL = Recipe(
     seed=5,
 )
 
+MIXED = Recipe(
+    "mixed",
+    "What stock ONNX Runtime, which the other is for, has not.",
+    linear=LinearPlan(mixed=MixedSpec(64)),
+    alternatives=(LinearPlan(GridSpec(2)),),
+)
 
-@pytest.mark.parametrize("recipe", [FULL, *presets().values()], ids=lambda recipe: recipe.name)
+
+@pytest.mark.parametrize("recipe", [FULL, MIXED, *presets().values()], ids=lambda recipe: recipe.name)
 def test_yaml_brings_back_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     path = tmp_path / "recipe.yaml"
@@ -54,7 +62,7 @@ def test_yaml_brings_back_the_same_recipe(recipe: Recipe, tmp_path: Path) -> Non
     assert Recipe.load(path) == recipe
 
 
-def test_every_field_of_the_full_recipe_is_somewhere_not_at_its_default() -> None:
+def test_every_field_of_the_full_recipes_is_somewhere_not_at_its_default() -> None:
     """Keeps the round trip above honest when a field is added."""
     missing = {}
 
@@ -71,6 +79,7 @@ def test_every_field_of_the_full_recipe_is_somewhere_not_at_its_default() -> Non
             look(getattr(value, field.name))
 
     look(FULL)
+    look(MIXED)
     assert [key for key, never in missing.items() if never] == []
     assert "GridSpec.window" in missing
     assert "FrameSpec.output_redundancy" in missing
@@ -117,7 +126,10 @@ def test_a_whole_number_is_a_number() -> None:
         ("linear: {frame: {redundancy: 0.9}}", r"redundancy is 0\.9; it must be 1 to 8, such as 1\.125"),
         ("linear: {frame: {output_redundancy: 9}}", r"output_redundancy is 9\.0; it must be 1 to 8"),
         ("linear: {frame: {redundancey: 1}}", r"linear\.frame has no key 'redundancey'. Did you mean 'redundancy'\?"),
-        ("linear: {grid: {window: 5}}", "window is 5; it must be one of 2, 3, 4, 6, or null"),
+        ("linear: {grid: {window: 7}}", "window is 7; it must be one of 2, 3, 4, 5, 6, or null"),
+        ("linear: {mixed: {band: 8}}", "band is 8; it must be 32 or more"),
+        ("linear: {mixed: {}, frame: {}}", "a plan has a frame or mixed depths, not both"),
+        ("linear: {mixed: {}}\ntarget: stock", 'target is "stock", which has no mixed depths'),
         ("linear: {solver: {levels: minmax}}", r"levels is 'minmax'.*Did you mean 'min-max'\?"),
         ("linear: {solver: {levels: two-sigma}}", "levels 'two-sigma' need a grid of group_size \"column\""),
         ("distillation: {steps: 0}", "steps is 0; it must be 1 or more"),

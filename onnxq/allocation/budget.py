@@ -104,6 +104,45 @@ def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict
     return best
 
 
+def cheapest(curves: Mapping[str, Sequence[Point[T]]], loss_ceiling: float) -> dict[str, Point[T]]:
+    """Chooses a point of every curve so that the summed loss stays within a ceiling and the bits are few.
+
+    All hulls are walked by falling gain per bit until the loss is small enough; then steps that turn out to be
+    unneeded are taken back, the largest first.
+
+    Args:
+        curves: the points of each weight; at least one each.
+        loss_ceiling: of the summed loss.
+
+    Raises:
+        BudgetError: the best points together lose more; the message says how much.
+    """
+    hulls = {name: lower_hull(points) for name, points in curves.items()}
+    least = sum(hull[-1].loss for hull in hulls.values())
+    if least > loss_ceiling:
+        raise BudgetError(f"The loss of {loss_ceiling:.4g} is below {least:.4g}, that of the widest formats.")
+    chosen = dict.fromkeys(hulls, 0)
+    loss = sum(hull[0].loss for hull in hulls.values())
+    steps = [
+        (-_slope(hull[index], hull[index + 1]), name, index + 1)
+        for name, hull in hulls.items()
+        for index in range(len(hull) - 1)
+    ]
+    taken = []
+    for _, name, index in sorted(steps):  # a hull's slopes fall, so its steps come in order
+        if loss <= loss_ceiling:
+            break
+        loss -= hulls[name][index - 1].loss - hulls[name][index].loss
+        chosen[name] = index
+        taken.append((hulls[name][index].bits - hulls[name][index - 1].bits, name, index))
+    for _, name, index in sorted(taken, reverse=True):
+        more = hulls[name][index - 1].loss - hulls[name][index].loss
+        if chosen[name] == index and loss + more <= loss_ceiling:
+            loss += more
+            chosen[name] = index - 1
+    return {name: hulls[name][index] for name, index in chosen.items()}
+
+
 def _loss(picks: Mapping[str, Point[T]]) -> float:
     return sum(point.loss for point in picks.values())
 

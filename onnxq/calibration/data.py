@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,25 @@ class CalibrationData:
     def name(self) -> str:
         """Where the data came from, for messages."""
         return self._source.name
+
+    def halves(self) -> tuple[CalibrationData, CalibrationData] | None:
+        """Every other batch, and the rest; None of a single batch."""
+        if self.batches < 2:
+            return None
+        first, second = (CalibrationData(_EveryOther(self._source, start), self.inputs) for start in (0, 1))
+        return first, second
+
+
+class _EveryOther(FeedSource):
+    """Every other batch of a source, the first or the second of each two."""
+
+    def __init__(self, source: FeedSource, start: int) -> None:
+        self.name = source.name
+        self._source, self._start = source, start
+
+    def feeds(self, checker: InputChecker) -> Iterator[tuple[Feed, int]]:
+        """See `FeedSource.feeds`."""
+        return itertools.islice(self._source.feeds(checker), self._start, None, 2)
 
 
 def open_data(

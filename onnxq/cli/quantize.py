@@ -44,6 +44,12 @@ def command(
     table_bits: Annotated[
         float | None, typer.Option(help="Ceiling of the mean bits of tables, side data counted.")
     ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Ceiling of the expected error of the outputs, instead of a size: relative, or nats for logits."
+        ),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Bits of every code, 1 to 8, instead of a budget.")] = None,
     group_size: Annotated[
         str | None, typer.Option(help="Weights that share a scale: a multiple of 32, or 'column'.")
@@ -66,8 +72,8 @@ def command(
     json: Json = False,
 ) -> None:
     """Rewrite a model's weights to a few bits."""
-    if width is not None and (size is not None or bits is not None):
-        raise BudgetError("--width fixes the bits that --size and --bits would choose: give one or the other.")
+    if width is not None and (size is not None or bits is not None or max_error is not None):
+        raise BudgetError("--width fixes the bits that --size, --bits and --max-error would choose: give one of them.")
     chosen = adjusted_recipe(
         recipe,
         width=width,
@@ -79,9 +85,10 @@ def command(
 
     from onnxq.allocation.budget import parse_size
     from onnxq.cli.progress import RichProgress
+    from onnxq.pipeline.curve_cache import default_folder
     from onnxq.report.tables import Asked, quantize_report
 
-    asked = Asked(None if size is None else parse_size(size), bits, table_bits)
+    asked = Asked(None if size is None else parse_size(size), bits, table_bits, max_error)
     with RichProgress(error_console()) as progress:
         options = {
             **dataclasses.asdict(asked),
@@ -90,6 +97,7 @@ def command(
             "tokenizer": tokenizer,
             "threads": threads,
             "force": force,
+            "curves": default_folder(),
             "progress": progress,
         }
         reports = _run(model, out, plan, options)

@@ -7,28 +7,30 @@ The curves are measured (`onnxq.pipeline.curves`), and one Lagrangian spends eac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxq import ops
-from onnxq.allocation.budget import Point, allocate
-from onnxq.calibration import Collected
+from onnxq.allocation.budget import Point, allocate, cheapest
 from onnxq.errors import BudgetError, RecipeError
+from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.framed import FramedFormat, frames_of
+from onnxq.formats.mixed import MixedFormat
 from onnxq.frames import Frame
 from onnxq.graph import LoadedModel
-from onnxq.pipeline.curves import Curve, Formats, measure_curves
+from onnxq.pipeline.curve_cache import Curves
 from onnxq.pipeline.plan import Plan, Planned
-from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.report.records import BudgetRecord
-from onnxq.sensitivity import Sensitivities
 
 # What the .onnx file grows by for one weight: three initializers, a longer node, a line in the report.
 _GRAPH_BYTES_PER_WEIGHT = 1500
 _REPORT_BYTES_PER_KEPT = 200
 _ALIGNMENT = 64
+_TABLE_BYTES = 512
+"""Of the levels of mixed depths, which all weights share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +41,22 @@ class Budget:
         size: ceiling of the written files in bytes.
         bits: ceiling of the mean bits of products' weights, side data counted.
         table_bits: the same for tables.
+        max_error: ceiling of what rounding is expected to do to the outputs: a relative error, such as 0.1 for 10 %;
+            or the divergence of the distributions that logits stand for, in nats.
     """
 
     size: int | None = None
     bits: float | None = None
     table_bits: float | None = None
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
+        others = (self.size, self.bits, self.table_bits)
+        if self.max_error is not None and any(value is not None for value in others):
+            raise RecipeError("a largest error decides the size: give either it, or a size or bits")
         if self.size is not None and (self.bits is not None or self.table_bits is not None):
             raise RecipeError("a size counts the whole file: give either a size, or bits and table bits")
-        for name in ("size", "bits", "table_bits"):
+        for name in ("size", "bits", "table_bits", "max_error"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RecipeError(f"{name} is {value}; it must be above 0")
@@ -56,7 +64,7 @@ class Budget:
     @property
     def asked(self) -> bool:
         """Whether there is a ceiling at all."""
-        return self.size is not None or self.bits is not None or self.table_bits is not None
+        return any(value is not None for value in dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,38 +95,43 @@ def fit_budget(
     plan: Plan,
     recipe: Recipe,
     loaded: LoadedModel,
-    statistics: Collected | None,
-    progress: Progress,
-    sensitivities: Sensitivities | None = None,
+    curves_of: Callable[[Sequence[Planned]], Curves],
 ) -> tuple[Plan, tuple[BudgetRecord, ...]]:
     """The plan with widths chosen so that the budget holds.
 
     Args:
         budget: the ceilings.
         plan, recipe, loaded: what to spend them on.
-        statistics: mean squares of inputs, for rounding, and for losses where there are no sensitivities.
-        progress: follows the weights.
-        sensitivities: what errors do to the outputs; None weighs every weight by its relative error.
+        curves_of: gives the curves of weights.
 
     Returns:
         The plan, and for each ceiling what was asked, the least that was possible, and what the plan comes to.
 
     Raises:
-        BudgetError: the narrowest formats are above it; the message says the floor.
+        BudgetError: the narrowest formats are above it, or the widest lose more; the message says the floor.
     """
-    chosen: dict[str, Formats] = {}
-    records = []
+    chosen: dict[str, Planned] = {}
+    records: list[BudgetRecord] = []
+    notes = [*plan.notes]
+    if budget.max_error is not None:
+        measured = curves_of(plan.planned)
+        picks, record = _within_error(measured, budget.max_error)
+        chosen = {name: point.choice for name, point in picks.items()}
+        notes += measured.notes
+        records.append(record)
     for share in _shares(budget, plan, recipe, loaded):
-        curves = measure_curves(share.items, statistics, sensitivities, progress)
+        measured = curves_of(share.items)
+        curves = measured.points
+        notes += [note for note in measured.notes if note not in notes]
         floor = share.told(sum(min(point.bits for point in curve) for curve in curves.values()))
         picks = _allocate(curves, share, floor)
         got = share.told(sum(point.bits for point in picks.values()))
         records.append(dataclasses.replace(share.record, floor=floor, got=got))
+        if measured.kind != "layer":
+            notes.append(_expected(measured.kind, sum(point.loss for point in picks.values()), share.record.what))
         chosen |= {name: point.choice for name, point in picks.items()}
-    planned = tuple(
-        dataclasses.replace(item, formats=chosen.get(item.weight.name, item.formats)) for item in plan.planned
-    )
-    return dataclasses.replace(plan, planned=planned), tuple(records)
+    planned = tuple(chosen.get(item.weight.name, item) for item in plan.planned)
+    return dataclasses.replace(plan, planned=planned, notes=tuple(notes)), tuple(records)
 
 
 def _shares(budget: Budget, plan: Plan, recipe: Recipe, loaded: LoadedModel) -> Iterator[_Share]:
@@ -133,7 +146,41 @@ def _shares(budget: Budget, plan: Plan, recipe: Recipe, loaded: LoadedModel) -> 
             yield _Share(BudgetRecord(what, asked), items, int(asked * elements), 0, elements)
 
 
-def _allocate(curves: dict[str, Curve], share: _Share, floor: float) -> dict[str, Point[Formats]]:
+def _within_error(measured: Curves, ceiling: float) -> tuple[dict[str, Point[Planned]], BudgetRecord]:
+    """The cheapest formats whose expected error stays within a ceiling."""
+    if measured.kind == "layer":
+        why = "; ".join(measured.notes) or "the recipe weighs errors by layers"
+        raise BudgetError(f"What rounding does to the outputs is not known, so no error can be promised: {why}.")
+    hulls = [min(point.loss for point in points) for points in measured.points.values()]
+    least = _error(measured.kind, sum(hulls))
+    if least > ceiling:
+        raise BudgetError(
+            f"An error of {ceiling:g} is below {least:.4g}, what the widest formats are expected to come to. "
+            "Allow more, or keep weights in float by rules."
+        )
+    picks = cheapest(measured.points, _loss_of(measured.kind, ceiling))
+    got = _error(measured.kind, sum(point.loss for point in picks.values()))
+    return picks, BudgetRecord("max_error", ceiling, least, got)
+
+
+def _error(kind: str, loss: float) -> float:
+    """A summed loss as the error that people name: relative, or in nats."""
+    return loss / 2 if kind == "fisher" else math.sqrt(loss)
+
+
+def _loss_of(kind: str, error: float) -> float:
+    """Undoes `_error`."""
+    return 2 * error if kind == "fisher" else error**2
+
+
+def _expected(kind: str, loss: float, what: str) -> str:
+    error = _error(kind, loss)
+    named = f"a divergence of {error:.3g} nats" if kind == "fisher" else f"a relative error of {error:.1%}"
+    of = {"size": "all weights", "bits": "products' weights", "table_bits": "tables"}[what]
+    return f"expected of the outputs for the rounding of {of}: {named}"
+
+
+def _allocate(curves: Mapping[str, Sequence[Point[Planned]]], share: _Share, floor: float) -> dict[str, Point[Planned]]:
     try:
         return allocate(curves, share.bits)
     except BudgetError as error:
@@ -151,15 +198,41 @@ def _elements(items: Sequence[Planned]) -> int:
 
 
 def _frames(plan: Plan) -> list[Frame]:
-    """The frames that a plan's weights share."""
+    """The frames that a plan's weights share, or may share."""
     frames = {}
     for item in plan.planned:
-        format = item.formats[0]
-        if isinstance(format, FramedFormat):
-            for frame in frames_of(format, item.weight.n, item.weight.k):
-                if frame is not None:
-                    frames[frame.key] = frame
+        for option in item.options:
+            format = option.formats[0]
+            if isinstance(format, FramedFormat):
+                for frame in frames_of(format, item.weight.n, item.weight.k):
+                    if frame is not None:
+                        frames[frame.key] = frame
     return list(frames.values())
+
+
+def _order_bytes(plan: Plan) -> int:
+    """Of the orders of inputs that mixed depths may store, one for each tensor that weights read; and their tables."""
+    inputs = {
+        id(item.weight.sites[0].input): item.weight.k
+        for item in plan.planned
+        if any(option.mixed for option in item.options)
+    }
+    return sum(2 * k + _ALIGNMENT for k in inputs.values()) + (_TABLE_BYTES if inputs else 0)
+
+
+def _op_types(plan: Plan) -> list[str]:
+    """Names of the ops that a plan's forms may be made of."""
+    found = {"LowBitMatMul", "LowBitGather"}
+    for format in (format for item in plan.planned for option in item.options for format in option.formats):
+        inner = format
+        if isinstance(format, FramedFormat):
+            found |= {"FrameAnalysis", "FrameSynthesis"}
+            inner = format.inner
+        if isinstance(inner, CodebookFormat):
+            found.add("CodebookMatMul")
+        if isinstance(inner, MixedFormat):
+            found.add("MixedBitMatMul")
+    return sorted(found)
 
 
 def _frame_bytes(frame: Frame, stock: bool) -> int:
@@ -172,13 +245,14 @@ def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:
     kept = sum(record.bytes + _ALIGNMENT + _REPORT_BYTES_PER_KEPT for record in plan.kept)
     kept += sum(item.weight.bytes for item in plan.planned if item.weight.other_uses)
     kept += sum(_frame_bytes(frame, stock) + 3 * _ALIGNMENT for frame in _frames(plan))
+    kept += _order_bytes(plan)
     # The graph without its tensors: the source files less all that is stored in them.
     tensors = sum(record.bytes for record in plan.kept) + sum(item.weight.bytes for item in plan.planned)
     graph = max(loaded.bytes_on_disk - tensors, 0)
     opset = loaded.opset
     functions = sum(
         len(ir.to_proto(function).SerializeToString())
-        for op_type in ops.op_types()
+        for op_type in _op_types(plan)
         for function in ops.functions_for(op_type, opset)
     )
     members = sum(item.weight.batch for item in plan.planned)

@@ -5,100 +5,110 @@ Measured with nearest rounding on evenly spaced rows of each weight; prices are 
 1. with sensitivities: the sum over a weight's groups of (sensitivity x elements x mean squared error), an expected
    change of the final outputs, comparable between any two weights (see `onnxq.sensitivity`);
 2. for a weight that no gradient reached: its relative error as below, times what dropping a weight does in the median;
-3. divided by what error feedback gains at the weight over nearest rounding, or in the median of the weights that
-   `curve_level` chose, if that is how it will be solved: its errors cancel, as those of tables don't;
+3. divided by what error feedback gains at the weight over nearest rounding (`onnxq.pipeline.feedback`), if that is how
+   it will be solved: its errors cancel, as those of tables don't;
 4. without sensitivities: the squared error over the squares, inputs weighed by their mean squares where there are any.
+
+Mixed depths have curves of their own, in the same unit (`onnxq.pipeline.mixed`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from onnxq.allocation.budget import Point
-from onnxq.calibration import Collected, requests_for, statistics_bytes
 from onnxq.calibration.statistics import Level
 from onnxq.formats.files import AnyFormat
-from onnxq.formats.framed import FramedFormat
+from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.uniform import UniformFormat
-from onnxq.graph import Weight
+from onnxq.frames import Frame
 from onnxq.passes.forms.stock import stock_cost_bits
+from onnxq.pipeline.feedback import InputCosts, input_costs
+from onnxq.pipeline.mixed import mixed_curves
 from onnxq.pipeline.plan import Planned
-from onnxq.pipeline.solve import encode, statistics_of
+from onnxq.pipeline.solve import encode
+from onnxq.pipeline.stages import Halves, Stages
 from onnxq.progress import Progress
 from onnxq.recipe import SolverSpec
 from onnxq.sensitivity import Sensitivities, WeightSensitivity
 
-Formats = tuple[AnyFormat, ...]
-Curve = list[Point[Formats]]
+Curve = list[Point[Planned]]
+"""A point stands for the plan that leads to it."""
 
 WIDTHS = tuple(range(1, 9))
 _STOCK_WIDTHS = (2, 4, 8)
 _CURVE_ROWS = 256
 """Rows of a weight that its curve is measured on."""
 
-_FEEDBACK_WEIGHTS = 12
 _FEEDBACK_BITS = 3
-"""At how many weights the gain of error feedback is measured, and at what width; it hardly depends on it."""
+"""The width at which the gain of error feedback is found; it hardly depends on it."""
 
 
-def curve_level(items: Sequence[Planned], room: int) -> Callable[[Weight], Level]:
-    """What calibration has to gather for curves.
-
-    Mean squares, and whole second moments of some products, evenly spread over the model, for what error feedback
-    gains there.
-
-    Args:
-        items: all weights of the budget.
-        room: bytes that second moments may take.
-    """
-    solved = [item.weight for item in items if item.solver.name == "error-feedback"]
-    chosen: list[Weight] = []
-    for index in np.unique(np.linspace(0, len(solved) - 1, min(len(solved), _FEEDBACK_WEIGHTS)).astype(int)):
-        if statistics_bytes(requests_for([*chosen, solved[index]])) <= room:
-            chosen.append(solved[index])
-    names = {weight.name for weight in chosen}
-    return lambda weight: "full" if weight.name in names else "diagonal"
+def _level(item: Planned) -> Level:
+    """What calibration has to gather for a curve: mean squares; whole second moments where errors are fed back."""
+    fed_back = any(option.solver.name == "error-feedback" for option in item.options)
+    return "full" if fed_back and "linear" in item.weight.kinds else "diagonal"
 
 
 def measure_curves(
     items: Sequence[Planned],
-    statistics: Collected | None,
+    stages: Stages,
     sensitivities: Sensitivities | None,
     progress: Progress,
 ) -> dict[str, Curve]:
-    """The curve of every weight, by name."""
-    progress.start("measuring rate and error", len(items))
-    curves, gains = {}, {}
-    dropped, unreached = [], []
-    measured: set[int] = set()
-    for item in items:
-        name = item.weight.name
-        sensitivity = None if sensitivities is None else sensitivities.weights[name]
-        if sensitivity is not None and not sensitivity.reached:
-            sensitivity = None
-            unreached.append(name)
-        sample = _Sample(item, statistics, sensitivity)
-        curves[name] = _curve(item, sample)
-        if sensitivity is not None:
-            dropped.append(sample.loss(sample.rows))
-        moment = None if sample.statistics is None else sample.statistics.second_moment
-        wished = sensitivities is not None and item.solver.name == "error-feedback"
-        if wished and moment is not None and id(moment) not in measured:  # queries, keys and values share one
-            measured.add(id(moment))
-            gains[name] = _feedback_gain(item, sample, moment)
-        progress.advance(1, name)
-    typical_drop = float(np.median(dropped)) if dropped else 1.0
-    typical_gain = float(np.median(list(gains.values()))) if gains else 1.0
-    for item in items:
-        name = item.weight.name
-        factor = typical_drop if name in unreached else 1.0
-        if item.solver.name == "error-feedback":
-            factor /= gains.get(name, typical_gain)
-        curves[name] = [dataclasses.replace(point, loss=factor * point.loss) for point in curves[name]]
+    """The curve of every weight, by name: the points of its plan and of its alternatives."""
+    curves: dict[str, Curve] = {}
+    dropped: dict[str, float] = {}
+    for portion, halves in stages.by_halves(items, _level):
+        progress.start("measuring rate and error", len(portion))
+        costs = _Costs(halves)
+        mixed = mixed_curves([item for item in portion if _mixed(item)], costs.of, sensitivities)
+        for item in portion:
+            name = item.weight.name
+            sensitivity = None if sensitivities is None else sensitivities.weights[name]
+            reached = sensitivity is not None and sensitivity.reached > 0
+            sample = _Sample(item, halves, sensitivity if reached else None)
+            if reached:
+                dropped[name] = sample.loss(sample.rows)
+            curves[name] = []
+            for option in item.options:
+                if option.mixed:
+                    curves[name] += mixed[name]
+                    continue
+                gain = 1.0 if sensitivities is None else _feedback_gain(option, sample, costs)
+                curves[name] += [dataclasses.replace(p, loss=p.loss / gain) for p in _curve(option, sample)]
+            progress.advance(1, name)
+    typical_drop = float(np.median(list(dropped.values()))) if dropped else 1.0
+    for name in curves.keys() - dropped.keys():
+        curves[name] = [dataclasses.replace(point, loss=typical_drop * point.loss) for point in curves[name]]
     return curves
+
+
+class _Costs:
+    """What errors cost at the inputs of weights: found once for each tensor, solver and frame."""
+
+    def __init__(self, halves: Halves) -> None:
+        self._halves = halves
+        self._known: dict[tuple[int, SolverSpec, Any], InputCosts] = {}
+
+    def of(self, item: Planned, frame: Frame | None = None) -> InputCosts | None:
+        """None without calibration data."""
+        first, second = self._halves.of(item.weight)
+        if first is None:
+            return None
+        # Weights that read one tensor, such as queries, keys and values, share its statistics.
+        key = (id(item.weight.sites[0].input), item.solver, None if frame is None else frame.key)
+        if key not in self._known:
+            self._known[key] = input_costs(first, second, item.solver, frame)
+        return self._known[key]
+
+
+def _mixed(item: Planned) -> bool:
+    return any(option.mixed for option in item.options)
 
 
 class _Sample:
@@ -109,12 +119,13 @@ class _Sample:
         statistics: of the weight's inputs.
     """
 
-    def __init__(self, item: Planned, statistics: Collected | None, sensitivity: WeightSensitivity | None) -> None:
+    def __init__(self, item: Planned, halves: Halves, sensitivity: WeightSensitivity | None) -> None:
         weight = item.weight
         count = weight.batch * weight.n
         self._picked = np.unique(np.linspace(0, count - 1, min(count, _CURVE_ROWS)).astype(int))
         self.rows = np.concatenate([weight.rows(row, row + 1) for row in self._picked])
-        self.statistics = None if statistics is None else statistics_of(weight, statistics)
+        first, second = halves.of(weight)
+        self.statistics = first if first is None or second is None else first.merge(second)
         self._sensitivity = sensitivity
         self._importance = None if self.statistics is None else self.statistics.diagonal.astype(np.float64)
         self._energy = self.squares(self.rows)
@@ -140,7 +151,7 @@ def _curve(item: Planned, sample: _Sample) -> Curve:
         cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
         if stock:
             cost = max(cost, weight.batch * _stock_cost(formats[0], weight.n, weight.k))
-        points.append(Point(cost, loss, formats))
+        points.append(Point(cost, loss, dataclasses.replace(item, formats=formats)))
     return points
 
 
@@ -148,13 +159,19 @@ def _rounded(sample: _Sample, format: AnyFormat) -> np.ndarray:
     return encode(sample.rows, format, SolverSpec(name="nearest"), sample.statistics).dequantize()
 
 
-def _feedback_gain(item: Planned, sample: _Sample, moment: np.ndarray) -> float:
-    """The error of the products with independent rounding errors, over that with error feedback; 1 at least."""
+def _feedback_gain(item: Planned, sample: _Sample, costs: _Costs) -> float:
+    """By how much error feedback lowers the loss of nearest rounding; 1 where it does not run."""
+    if item.solver.name == "nearest":
+        return 1.0
     format = item.formats_at(_FEEDBACK_BITS)[0]
-    fed_back = sample.rows - encode(sample.rows, format, item.solver, sample.statistics).dequantize()
-    loss = float(np.vdot(fed_back @ moment, fed_back))
-    independent = sample.squares(sample.rows - _rounded(sample, format))
-    return max(independent / loss, 1.0) if loss > 0 else 1.0
+    if isinstance(format, FramedFormat):
+        frame = frames_of(format, item.weight.n, item.weight.k)[0]
+        found = costs.of(item, frame)
+        # Coefficients are alike, so their errors are.
+        return 1.0 if found is None else found.gain(np.ones(len(found.plain)))
+    found = costs.of(item)
+    error = sample.rows - _rounded(sample, format)
+    return 1.0 if found is None else found.gain(np.square(error, dtype=np.float64).mean(0))
 
 
 def _stock_cost(format: AnyFormat, n: int, k: int) -> int:

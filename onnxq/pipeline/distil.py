@@ -13,7 +13,8 @@ from onnxq.calibration import CalibrationData
 from onnxq.formats.codebook import CodebookEncoding
 from onnxq.formats.files import AnyEncoding
 from onnxq.formats.framed import FramedEncoding
-from onnxq.formats.uniform import UniformEncoding
+from onnxq.formats.mixed import MixedEncoding
+from onnxq.formats.uniform import UniformEncoding, round_scales
 from onnxq.frames import Frame
 from onnxq.graph import LoadedModel
 from onnxq.pipeline.plan import Planned
@@ -86,6 +87,8 @@ def _told(result: Distillation) -> str:
 def _part(encoding: AnyEncoding) -> Part:
     from onnxq.distillation import Part, uniform_part
 
+    if isinstance(encoding, MixedEncoding):
+        return _mixed_part(encoding)
     inner = uniform_part(_as_uniform(encoding))
     if not isinstance(encoding, FramedEncoding):
         return inner
@@ -101,7 +104,30 @@ def _part(encoding: AnyEncoding) -> Part:
     return Part(inner.scales, decode, inner.round)
 
 
-def _as_uniform(encoding: AnyEncoding) -> UniformEncoding:
+def _mixed_part(encoding: MixedEncoding) -> Part:
+    """The scales of its outputs; those of its inputs stay."""
+    import torch
+
+    from onnxq.distillation import Part
+
+    scales = encoding.scales.astype(np.float32)[:, None] * np.float32(encoding.gain)
+    plain = dataclasses.replace(encoding, scales=np.ones_like(encoding.scales), gain=1.0)
+    matrix = torch.from_numpy(plain.dequantize())
+
+    def stored(values: np.ndarray) -> np.ndarray:
+        kept: np.ndarray = _mixed_scales(encoding, values).astype(np.float32)[:, None] * np.float32(encoding.gain)
+        return kept
+
+    return Part(scales, lambda values: matrix * values, stored)
+
+
+def _mixed_scales(encoding: MixedEncoding, values: np.ndarray) -> np.ndarray:
+    """Effective scales float32 [N, 1] as they are stored."""
+    stored: np.ndarray = round_scales(values[:, 0], encoding.gain)
+    return stored
+
+
+def _as_uniform(encoding: UniformEncoding | CodebookEncoding | FramedEncoding) -> UniformEncoding:
     if isinstance(encoding, FramedEncoding):
         return _as_uniform(encoding.inner)
     return encoding.as_uniform() if isinstance(encoding, CodebookEncoding) else encoding
@@ -129,9 +155,11 @@ def _with_scales(item: Planned, found: Solved, scales: tuple[np.ndarray, ...] | 
     from onnxq.distillation import with_scales
 
     def replaced(encoding: AnyEncoding, values: np.ndarray) -> AnyEncoding:
+        if isinstance(encoding, MixedEncoding):
+            return dataclasses.replace(encoding, scales=_mixed_scales(encoding, values))
         if isinstance(encoding, FramedEncoding):
             inner = replaced(encoding.inner, values)
-            assert not isinstance(inner, FramedEncoding)
+            assert isinstance(inner, (UniformEncoding, CodebookEncoding))
             return dataclasses.replace(encoding, inner=inner)
         return dataclasses.replace(encoding, scales=with_scales(_as_uniform(encoding), values).scales)
 

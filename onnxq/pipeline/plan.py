@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
+import numpy as np
+
 from onnxq.calibration.statistics import Level
+from onnxq.formats import packing
 from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.files import AnyFormat
 from onnxq.formats.framed import FramedFormat, frames_of
+from onnxq.formats.mixed import LARGEST_INPUTS, MixedFormat
 from onnxq.frames import Frame
 from onnxq.graph import SiteReport, Weight
 from onnxq.passes.forms.kernel import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS
 from onnxq.passes.rewrite import site_refusal
 from onnxq.recipe import GridSpec, Recipe, SolverSpec
 from onnxq.report.records import KeptRecord
+from onnxq.solvers.mixed import bands_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Planned:
         recipe: what was applied to it: the run's, without the frame for a weight that is in its frame already.
         accuracy_level: activations of its products, as in MatMulNBits.
         note: what the report should say of the plan, or empty.
+        alternatives: other plans, of which a budget may take one instead.
     """
 
     weight: Weight
@@ -38,6 +44,17 @@ class Planned:
     recipe: Recipe
     accuracy_level: int
     note: str = ""
+    alternatives: tuple[Planned, ...] = ()
+
+    @property
+    def options(self) -> tuple[Planned, ...]:
+        """Every plan of the weight: this one, then its alternatives."""
+        return (dataclasses.replace(self, alternatives=()), *self.alternatives)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether depths change inside the weight; until a budget chooses them they are all alike."""
+        return isinstance(self.formats[0], MixedFormat)
 
     @property
     def cost_bits(self) -> int:
@@ -55,7 +72,7 @@ class Planned:
 
     @property
     def statistics_level(self) -> Level:
-        """What calibration has to gather for the solver."""
+        """What calibration has to gather for the solver, and for mixed depths to be chosen."""
         if "linear" not in self.weight.kinds:
             return "none"
         return "full" if self.solver.name == "error-feedback" else "diagonal"
@@ -101,7 +118,7 @@ def make_plan(
         origin = (origins or {}).get(weight.name, weight.name)
         decided = _decide(weight, _unframed(recipe) if weight.name in in_frame else recipe, calibrated, origin)
         if isinstance(decided, Planned):
-            planned.append(decided)
+            planned.append(dataclasses.replace(decided, alternatives=_alternatives(weight, recipe, calibrated, origin)))
         else:
             kept.append(KeptRecord(weight.name, tuple(weight.shape), weight.dtype.name, weight.bytes, decided))
     notes = list(found.notes)
@@ -111,6 +128,15 @@ def make_plan(
             "Give data with --calibration for error feedback, which is far better below 4 bits."
         )
     return Plan(tuple(planned), tuple(kept), tuple(notes))
+
+
+def _alternatives(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> tuple[Planned, ...]:
+    """What the recipe's other plans make of a weight that no rule speaks of and products alone read."""
+    if weight.kinds != ("linear",) or recipe.rule_for([name, *(site.name for site in weight.sites)]) is not None:
+        return ()
+    others = (dataclasses.replace(recipe, linear=plan) for plan in recipe.alternatives)
+    decided = (_decide(weight, other, calibrated, name) for other in others)
+    return tuple(item for item in decided if isinstance(item, Planned))
 
 
 def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Planned | str:
@@ -140,11 +166,31 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
     else:
         solver = dataclasses.replace(solver, levels="search")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
-    formats = _formats(weight, recipe, grid)
+    formats = (
+        _formats(weight, recipe, grid) if rule is not None or not _mixes(weight, recipe) else _flat(weight, recipe)
+    )
     planned = Planned(weight, formats, solver, grid, recipe, level, _remark(weight, formats, grid))
     if planned.cost_bits >= 8 * weight.bytes:
         return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned
+
+
+_FEWEST_OUTPUTS = 128
+"""Of mixed depths: their trellises go through tiles of 32, and in fewer than 4 they gain nothing."""
+
+
+def _mixes(weight: Weight, recipe: Recipe) -> bool:
+    """Whether a recipe's mixed depths serve a weight."""
+    fits = weight.kinds == ("linear",) and weight.batch == 1 and weight.k <= LARGEST_INPUTS
+    return recipe.linear.mixed is not None and fits and weight.n >= _FEWEST_OUTPUTS
+
+
+def _flat(weight: Weight, recipe: Recipe) -> tuple[AnyFormat, ...]:
+    """The mixed format of a weight before a budget chooses its depths: all alike, inputs as they lie."""
+    assert recipe.linear.mixed is not None
+    band = bands_of(weight.n, recipe.linear.mixed.band)
+    shape = packing.ceil_div(weight.n, band), packing.ceil_div(weight.k, packing.BLOCK_K)
+    return (MixedFormat.of(band, np.arange(weight.k), np.full(shape, recipe.linear.grid.bits)),)
 
 
 def _unframed(recipe: Recipe) -> Recipe:
@@ -174,6 +220,8 @@ def _formats(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat,
 
 def _remark(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> str:
     """What became of wishes that sizes or readers don't allow."""
+    if isinstance(formats[0], MixedFormat):
+        return ""
     remarks = []
     framed = formats[0] if isinstance(formats[0], FramedFormat) else None
     if framed is not None:

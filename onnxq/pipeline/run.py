@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,9 @@ from onnxq.calibration import (
     CalibrationData,
     Collected,
     SequentialCalibration,
-    TapRequest,
-    collect,
     model_inputs,
     open_data,
-    requests_for,
-    statistics_bytes,
 )
-from onnxq.calibration.collect import Progress as Runs
 from onnxq.errors import BudgetError, OnnxqError
 from onnxq.evaluation.load_probe import peak_bytes
 from onnxq.graph import LoadedModel, StreamingWriter, find_weights, load
@@ -33,12 +29,14 @@ from onnxq.passes.functions import inline_functions_with_sites
 from onnxq.passes.rewrite import Assignment, RewriteSitesPass
 from onnxq.pipeline.budget import Budget, fit_budget
 from onnxq.pipeline.check import check_outputs
-from onnxq.pipeline.curves import curve_level
+from onnxq.pipeline.curve_cache import CurveCache, Curves
+from onnxq.pipeline.curves import measure_curves
 from onnxq.pipeline.distil import check_distillable, distil_solved
 from onnxq.pipeline.plan import Plan, Planned, frame_of, is_planned, make_plan
 from onnxq.pipeline.resume import ResumeStore, file_identity
-from onnxq.pipeline.sensitivity import weigh
+from onnxq.pipeline.sensitivity import Weighing, weigh
 from onnxq.pipeline.solve import Solved, dequantized_roots, solve_weight, statistics_of
+from onnxq.pipeline.stages import Stages
 from onnxq.progress import NullProgress, Progress
 from onnxq.recipe import Recipe
 from onnxq.report.records import REPORT_PROPERTY, BudgetRecord, QuantizeReport, WeightRecord
@@ -46,9 +44,6 @@ from onnxq.version import __version__
 
 RECIPE_PROPERTY = "onnxq.recipe"
 """Metadata key of a written model that holds its recipe."""
-
-STATISTICS_BYTES = 256 << 20
-"""Second moments that are held at a time; more inputs mean more passes over the calibration data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +69,17 @@ def quantize(
     size: int | None = None,
     bits: float | None = None,
     table_bits: float | None = None,
+    max_error: float | None = None,
     threads: int | None = None,
     force: bool = False,
     plan_only: bool = False,
+    curves: Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantises the weights of a model and writes the result.
 
-    Peak memory: a few copies of the largest weight, `STATISTICS_BYTES` of second moments (or one, if larger), and
-    what one batch of calibration data needs to run; never the whole model.
+    Peak memory: a few copies of the largest weight, `onnxq.pipeline.stages.STATISTICS_BYTES` of second moments (or
+    one, if larger), and what one batch of calibration data needs to run; never the whole model.
 
     Args:
         model: an ``.onnx`` file, or a folder with one.
@@ -93,9 +90,13 @@ def quantize(
         tokenizer: folder with ``tokenizer.json``.
         size: ceiling of the written files in bytes.
         bits, table_bits: ceilings of the mean bits of products' weights and of tables, side data counted.
+        max_error: ceiling of what rounding is expected to do to the outputs, which then decides the size: a relative
+            error, such as 0.1 for 10 %, or for logits a divergence in nats.
         threads: threads of calibration runs; None leaves it to ONNX Runtime.
         force: replace an existing output.
         plan_only: work out formats and sizes, solve and write nothing.
+        curves: a folder that keeps what budgets are spent by, so that another budget for the same model, recipe and
+            data costs seconds; None keeps nothing.
         progress: follows the run.
 
     Returns:
@@ -108,7 +109,9 @@ def quantize(
     started = time.monotonic()
     progress = progress or NullProgress()
     chosen = Recipe.load(recipe) if isinstance(recipe, str) else recipe
-    budget = Budget(size, bits, table_bits)
+    budget = Budget(size, bits, table_bits, max_error)
+    if chosen.chooses and budget.size is None and budget.bits is None and budget.max_error is None:
+        budget = dataclasses.replace(budget, bits=float(chosen.linear.grid.bits))
     progress.start("reading the model", None)
     loaded = load(model)
     out = Path(output)
@@ -136,10 +139,14 @@ def quantize(
         raise OnnxqError(f"{loaded.path} holds no weight that the recipe quantises ({reasons}).")
     job = _Job(loaded, chosen, plan, data, threads, progress)
     # A plan writes nothing, and must leave what an interrupted run left.
-    store = None if plan_only else ResumeStore(out.with_name(out.name + ".resume"), _identity(job, budget))
+    store = (
+        None
+        if plan_only
+        else ResumeStore(out.with_name(out.name + ".resume"), {**_identity(job), "budget": dataclasses.asdict(budget)})
+    )
     try:
         if budget.asked:
-            job = _within(budget, job, store)
+            job = _within(budget, job, store, curves)
         if store is None:
             return _planned_report(job, out, started)
         with writer:
@@ -161,39 +168,58 @@ def quantize(
     return report
 
 
-def _identity(job: _Job, budget: Budget) -> dict[str, Any]:
-    """What tells a run from others."""
+def _identity(job: _Job) -> dict[str, Any]:
+    """What tells a model, recipe and data from others."""
     data = job.data
     return {
         "source": file_identity(job.loaded.path),
         "recipe": job.recipe.digest(),
-        "budget": dataclasses.asdict(budget),
         "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
         "version": __version__,
     }
 
 
-def _within(budget: Budget, job: _Job, store: ResumeStore | None) -> _Job:
+def _within(budget: Budget, job: _Job, store: ResumeStore | None, cache: Path | None) -> _Job:
     """The job with widths chosen so that the budget holds."""
     checkpoint = None
     if store is not None and job.data is not None:
         store.open()
         checkpoint = store.folder / "sensitivities.state"
-    recipe = job.recipe
-    weighing = weigh(
-        job.loaded,
-        job.plan,
-        job.data,
-        recipe.allocation,
-        recipe.seed,
-        job.progress,
-        checkpoint=checkpoint,
-        threads=job.threads,
-    )
-    plan = dataclasses.replace(job.plan, notes=(*job.plan.notes, *weighing.notes))
-    statistics = _diagonals(job)
-    fitted, records = fit_budget(budget, plan, recipe, job.loaded, statistics, job.progress, weighing.sensitivities)
+    fitted, records = fit_budget(budget, job.plan, job.recipe, job.loaded, _curve_source(job, cache, checkpoint))
     return dataclasses.replace(job, plan=fitted, budget=records)
+
+
+def _curve_source(job: _Job, folder: Path | None, checkpoint: Path | None) -> Callable[[Sequence[Planned]], Curves]:
+    """Gives curves from the cache or measures them; what errors do to the outputs is measured once."""
+    cache = CurveCache(folder, _identity(job))
+    recipe = job.recipe
+
+    @functools.cache
+    def weighing() -> Weighing:
+        return weigh(
+            job.loaded,
+            job.plan,
+            job.data,
+            recipe.allocation,
+            recipe.seed,
+            job.progress,
+            checkpoint=checkpoint,
+            threads=job.threads,
+        )
+
+    def curves_of(items: Sequence[Planned]) -> Curves:
+        known = cache.load(items)
+        if known is not None:
+            return dataclasses.replace(known, notes=(*known.notes, "rate and error were measured by an earlier run"))
+        stages = Stages(job.loaded, job.data, job.threads, job.progress)
+        found = weighing()
+        points = measure_curves(items, stages, found.sensitivities, job.progress)
+        kind = "layer" if found.sensitivities is None else found.sensitivities.kind
+        curves = Curves(points, kind, found.notes)
+        cache.save(items, curves)
+        return curves
+
+    return curves_of
 
 
 def _fingerprint(data: CalibrationData) -> str:
@@ -222,83 +248,14 @@ def _open(
     )
 
 
-def _diagonals(job: _Job) -> Collected | None:
-    """Mean squares of all inputs, and second moments of some: what the allocation weighs errors with."""
-    if job.data is None:
-        return None
-    level = curve_level(job.plan.planned, STATISTICS_BYTES)
-    requests = requests_for([planned.weight for planned in job.plan.planned], level)
-    return collect(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
-
-
-def _runs(progress: Progress) -> Any:
-    """Passes the runs of a collection on to whoever follows."""
-
-    def follow(runs: Runs) -> None:
-        if runs.done <= 1:
-            progress.start("calibrating", runs.total)
-        progress.advance(1, runs.what)
-
-    return follow
-
-
 def _stages(job: _Job) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
-    """The weights in portions, each with the statistics that it needs."""
-    planned = list(job.plan.planned)
-    if job.data is None:
-        yield planned, None, None
+    """The weights in portions, each with the statistics that its solver needs."""
+    stages = Stages(job.loaded, job.data, job.threads, job.progress)
+    if job.data is not None and job.recipe.calibration.sequential:
+        yield from stages.in_sequence(job.plan.planned)
         return
-    levels = {item.weight.name: item.statistics_level for item in planned}
-
-    def requests_of(items: Sequence[Planned]) -> list[TapRequest]:
-        return requests_for([item.weight for item in items], lambda weight: levels[weight.name])
-
-    if job.recipe.calibration.sequential:
-        yield from _sequential_stages(job, planned, requests_of(planned))
-        return
-    portion: list[Planned] = []
-    for item in planned:
-        if portion and statistics_bytes(requests_of([*portion, item])) > STATISTICS_BYTES:
-            yield portion, _collect(job, requests_of(portion)), None
-            portion = []
-        portion.append(item)
-    yield portion, _collect(job, requests_of(portion)), None
-
-
-def _collect(job: _Job, requests: list[TapRequest]) -> Collected | None:
-    assert job.data is not None
-    if all(request.level == "none" for request in requests):
-        return None
-    return collect(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
-
-
-def _sequential_stages(
-    job: _Job, planned: list[Planned], requests: list[TapRequest]
-) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:
-    """A weight is solved with the block of its last site; statistics of its earlier sites are kept until then."""
-    assert job.data is not None
-    pending = {item.weight.name: item for item in planned}
-    sequence = SequentialCalibration(job.loaded, requests, job.data, threads=job.threads, progress=_runs(job.progress))
-    waiting = {
-        name: {site.name for site in item.weight.sites if site.kind == "linear"} for name, item in pending.items()
-    }
-    seen = Collected({}, {})
-    with sequence:
-        unasked = [item for name, item in pending.items() if not waiting[name] or item.statistics_level == "none"]
-        for item in unasked:
-            del pending[item.weight.name]
-        yield unasked, None, sequence
-        for block, collected in sequence:
-            seen = Collected({**seen.statistics, **collected.statistics}, {**seen.sites, **collected.sites})
-            done = {request.site_name for request in block.requests}
-            ready = []
-            for name in list(pending):
-                waiting[name] -= done
-                if not waiting[name]:
-                    ready.append(pending.pop(name))
-            yield ready, seen, sequence
-            used = {seen.sites.get(site) for name in pending for site in waiting[name]}
-            seen = Collected({key: value for key, value in seen.statistics.items() if key in used}, seen.sites)
+    for portion, collected in stages.portions(job.plan.planned, lambda item: item.statistics_level):
+        yield portion, collected, None
 
 
 def _solve_and_write(job: _Job, writer: StreamingWriter, store: ResumeStore, started: float) -> QuantizeReport:

@@ -13,6 +13,7 @@ from onnxq.calibration import Collected, InputStatistics
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
 from onnxq.formats.files import AnyEncoding, AnyFormat
 from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of, into_frames
+from onnxq.formats.mixed import MixedFormat
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
 from onnxq.graph import Weight
 from onnxq.pipeline.plan import Planned
@@ -22,6 +23,7 @@ from onnxq.solvers.error_feedback import error_feedback
 from onnxq.solvers.factor import Factor, Order, factorise
 from onnxq.solvers.grid import Grid, search_grid
 from onnxq.solvers.loss import relative_error, relative_proxy_loss
+from onnxq.solvers.mixed import mixed_feedback
 from onnxq.solvers.nearest import nearest
 from onnxq.solvers.span import min_max_grid, two_sigma_grid
 from onnxq.solvers.spread import best_spread, widened
@@ -144,7 +146,10 @@ def _encode(
     moment = None if statistics is None or spec.name == "nearest" else statistics.second_moment
     importance = None if statistics is None else statistics.diagonal
     if not isinstance(format, FramedFormat):
-        return _encode_plain(domains.setdefault(None, _Domain(member, moment, importance, spec)), format)
+        domain = domains.setdefault(None, _Domain(member, moment, importance, spec))
+        if isinstance(format, MixedFormat):
+            return mixed_feedback(member, format, None if moment is None else domain.factor, refit=spec.refit)
+        return _encode_plain(domain, format)
     inputs, outputs = frames_of(format, *member.shape)
     key = (inputs.key, None if outputs is None else outputs.key)
     if key not in domains:

@@ -83,7 +83,8 @@ class BudgetRecord:
     """A ceiling that the widths were chosen for.
 
     Attributes:
-        what: "size" (bytes of the written files), "bits" (mean of products' weights) or "table_bits".
+        what: "size" (bytes of the written files), "bits" (mean of products' weights), "table_bits", or "max_error"
+            (expected of the outputs; got is an expectation too).
         asked: the ceiling.
         floor: the least that the allowed formats come to.
         got: what was written; in a plan, and in the report that a written model carries, an upper bound of it.

@@ -73,11 +73,13 @@ class Asked:
     Attributes:
         size: of the written files in bytes.
         bits, table_bits: of the mean bits of products' weights and of tables.
+        max_error: of what is expected of the outputs.
     """
 
     size: int | None = None
     bits: float | None = None
     table_bits: float | None = None
+    max_error: float | None = None
 
 
 def quantize_report(
@@ -190,6 +192,9 @@ def _ceilings(report: QuantizeReport, asked: Asked) -> list[RenderableType]:
         rows.append(("products", f"{asked.bits:g} bits", f"{report.linear_bits or 0:.4f} bits"))
     if asked.table_bits is not None:
         rows.append(("tables", f"{asked.table_bits:g} bits", f"{report.table_bits or 0:.4f} bits"))
+    rows += [
+        ("expected error", f"{item.asked:g}", f"{item.got:.4f}") for item in report.budget if item.what == "max_error"
+    ]
     return [Text.assemble((f"{what}: ", "dim"), f"asked for at most {limit}, got {got}") for what, limit, got in rows]
 
 

@@ -121,6 +121,32 @@ def factorise_upper(matrix: np.ndarray) -> None:
             matrix[above:below, above:start] -= panel[:, above:below].T @ panel[:, above:]
 
 
+def expected_costs(factor: Factor, second_moment: np.ndarray) -> np.ndarray:
+    """What independent rounding errors cost on other inputs than those that the factor was found on.
+
+    Error feedback with U turns rounding errors d into errors e = d U^-1 of the weight, whose loss under the moment H'
+    is the sum over j of d[j]**2 (U^-1 H' U^-T)[j, j]. On the factor's own moment that is D; on another it is more, by
+    much where inputs were few.
+
+    Args:
+        factor: from some inputs.
+        second_moment: of other inputs, float [K, K].
+
+    Returns:
+        float64 [K] in natural order, in units of the other moment's mean diagonal.
+    """
+    order = factor.visit
+    upper = np.triu(factor.upper.astype(np.float64), 1)
+    np.fill_diagonal(upper, 1)
+    inverse = np.linalg.inv(upper)
+    moment = second_moment[np.ix_(order, order)].astype(np.float64)
+    costs = np.empty(len(order))
+    costs[order] = np.einsum("jk,jk->j", inverse @ moment, inverse)
+    mean = float(np.diagonal(second_moment).mean(dtype=np.float64))
+    scaled: np.ndarray = costs / mean if mean > 0 else np.ones_like(costs)
+    return scaled
+
+
 class Recursion:
     """Some rows on their way through the inputs. Arrays are [K, R] in visiting order.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.allocation.budget import Point, allocate, lower_hull, parse_size
+from onnxq.allocation.budget import Point, allocate, cheapest, lower_hull, parse_size
 from onnxq.errors import BudgetError
 
 CURVE = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 10)), min_size=1, max_size=5).map(
@@ -81,3 +81,36 @@ def test_the_budget_is_a_ceiling_and_the_loss_is_near_the_best(lists: list[list[
     # The Lagrangian misses the best by less than one step of one weight.
     largest_step = max(max(p.loss for p in points) - min(p.loss for p in points) for points in lists)
     assert loss <= best + largest_step + 1e-9
+
+
+def test_the_cheapest_within_a_loss_by_hand() -> None:
+    """The table's large step saves most per bit and is enough alone: what was taken before it goes back."""
+    curves = {
+        "small": [Point(1, 3.0, "a"), Point(2, 1.5, "b")],
+        "table": [Point(10, 10.0, "a"), Point(20, 0.5, "b")],
+    }
+    picks = cheapest(curves, 4.0)
+    assert (picks["small"].choice, picks["table"].choice) == ("a", "b")
+
+
+@given(st.dictionaries(st.sampled_from("abc"), CURVE, min_size=1), st.floats(0, 30))
+def test_the_cheapest_holds_its_ceiling_and_is_near_the_best(curves: dict[str, list[Point[int]]], room: float) -> None:
+    least = sum(min(point.loss for point in points) for points in curves.values())
+    ceiling = least + room
+    picks = cheapest(curves, ceiling)
+    assert sum(point.loss for point in picks.values()) <= ceiling * (1 + 1e-9) + 1e-9
+    spent = sum(point.bits for point in picks.values())
+    best = min(
+        sum(point.bits for point in choice)
+        for choice in itertools.product(*curves.values())
+        if sum(point.loss for point in choice) <= ceiling
+    )
+    # No more than one step of one hull too many.
+    hulls = [lower_hull(points) for points in curves.values()]
+    widest = max((b.bits - a.bits for hull in hulls for a, b in itertools.pairwise(hull)), default=0)
+    assert best <= spent <= best + widest
+
+
+def test_a_loss_below_the_least_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"below 1, that of the widest"):
+        cheapest({"w": [Point(1, 2.0, None), Point(2, 1.0, None)]}, 0.5)

@@ -270,3 +270,13 @@ def test_text_errors(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tokenizer / "tokenizer.json").write_text("{}")
     with pytest.raises(CalibrationError, match="can't be read as a tokenizer"):
         open_data(text, text_inputs("input_ids"), tokenizer=tokenizer)
+
+
+def test_halves_take_turns() -> None:
+    feeds = [{"x": np.full((2, 3), value, np.float32)} for value in range(5)]
+    inputs = (ModelInput("x", np.dtype(np.float32), ("batch", 3)),)
+    halves = open_data(feeds, inputs).halves()
+    assert halves is not None
+    assert [[float(feed["x"][0, 0]) for feed in half] for half in halves] == [[0, 2, 4], [1, 3]]
+    assert [half.samples for half in halves] == [6, 4]
+    assert open_data(feeds[:1], inputs).halves() is None
