@@ -52,8 +52,8 @@ from onnxq.solvers.companding import DEPTH_BITS, LAYOUT_BITS, CodedGroups, compa
 from tools.tables.results import cell_file, load_result, save_result, table_folder
 from tools.tables.subjects import SUBJECTS, Subject, measure_with
 
-VERSION = 1
-"""Results of another version of the method are not taken up again."""
+STORE = "paper-cvxq-1"
+"""Counted up when the method changes, so that older results are not taken up again."""
 
 SAMPLES = 16
 """Sequences of an iteration."""
@@ -354,7 +354,7 @@ def fill(name: str, line: str, file: Path, rate: float, group_size: int, iterati
     if (known := load_result(file, Result)) is not None:
         return known
     started = time.monotonic()
-    subject = with_corrections(SUBJECTS[name](), table_folder(f"cvxq-{VERSION}") / f"{name}.onnx")
+    subject = with_corrections(SUBJECTS[name](), table_folder(STORE) / f"{name}.onnx")
     switches = ABLATION[line]
     console.print(f"{name} {line} {rate:g}")
     found = paper_cvxq(subject, rate, group_size, iterations, switches=switches, report=console.print)
@@ -380,7 +380,7 @@ def main() -> None:
         for line in ABLATION if arguments.ablation else (CVXQ,):
             cells = []
             for rate in arguments.rates:
-                file = cell_file(f"cvxq-{VERSION}", name, f"{line} g{group_size} i{iterations}", rate)
+                file = cell_file(STORE, name, f"{line} g{group_size} i{iterations}", rate)
                 result = fill(name, line, file, rate, group_size, iterations, console)
                 cells.append(f"{result.metric:.4f} ({result.bits:.3f}; {result.pruned:.1%}; {result.seconds:.0f} s)")
             table.add_row(line, *cells)
