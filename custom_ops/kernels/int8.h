@@ -47,7 +47,6 @@ void QuantizeRow(const Weight& w, const float* x, int8_t* codes, float* scales, 
   int32_t activation = -1;
   float scale = 0.0f;
   float inverse = 0.0f;
-  // All maxima first: nothing in the second loop waits for a maximum and a division.
   for (int64_t s = 0; s < w.segment_count; ++s) {
     const Segment& segment = w.segments[s];
     if (segment.activation != activation) {
@@ -62,15 +61,11 @@ void QuantizeRow(const Weight& w, const float* x, int8_t* codes, float* scales, 
       scale = largest / 127.0f + largest * 0.0f;  // NaN then
       inverse = largest > kTiny ? 127.0f / largest : 0.0f;
     }
-    scales[s] = scale;
-    scaled_sum[s] = inverse;
-  }
-  for (int64_t s = 0; s < w.segment_count; ++s) {
-    const Segment& segment = w.segments[s];
     Isa::Ints sum = Isa::ZeroInts();
     for (int64_t b = segment.block; b < segment.block + segment.blocks; ++b)
-      Isa::Quantize32(PaddedBlock(x, b, w.depth, copy), scaled_sum[s], codes + b * kBlockDepth, sum);
-    scaled_sum[s] = scales[s] * float(Isa::Sum(sum));
+      Isa::Quantize32(PaddedBlock(x, b, w.depth, copy), inverse, codes + b * kBlockDepth, sum);
+    scales[s] = scale;
+    scaled_sum[s] = scale * float(Isa::Sum(sum));
   }
 }
 

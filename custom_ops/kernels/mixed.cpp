@@ -8,9 +8,11 @@
 namespace onnxq::kernels {
 namespace {
 
-// Bounds the inputs that are made ready together. Every band needs its own, so their memory would be the
-// bands' number times what ordinary products need; bands in turn keep it in the caches.
-constexpr int64_t kScratchBytes = int64_t{8} << 20;
+// Bounds the inputs that are made ready together. Every band needs its own, so many bands take turns, and so
+// do many rows; but each turn of bands puts the inputs in order anew, and each turn of rows unpacks the
+// weight anew, so neither may be short.
+constexpr int64_t kScratchBytes = int64_t{16} << 20;
+constexpr int64_t kFewestRows = 128;
 // Inputs that one preparing task makes ready, and at most how many tasks, since each has memory of its own.
 constexpr int64_t kTaskInputs = 1 << 15;
 constexpr int64_t kMostPrepareTasks = 16;
@@ -254,7 +256,9 @@ bool MatMulMixed(const KernelTable& kernels, const MixedWeight& weight, Activati
   const int64_t most_blocks = kScratchBytes / BlockBytes(activations);
   const int64_t block_rows =
       activations == Activations::kInt8 ? kernels.gemm_rows_int8 : kernels.gemm_rows_f32;
-  const int64_t most_rows = RoundUp(std::max<int64_t>(1, most_blocks / layout.blocks), block_rows);
+  const int64_t all_blocks = std::max<int64_t>(1, int64_t(layout.run_blocks.size()));
+  const int64_t wanted = std::clamp(most_blocks / all_blocks, kFewestRows, kTaskRowsInt8);
+  const int64_t most_rows = RoundUp(std::clamp<int64_t>(most_blocks / layout.blocks, 1, wanted), block_rows);
   for (int64_t row = 0; row < rows; row += most_rows) {
     const int64_t count = std::min(most_rows, rows - row);
     for (int64_t band = 0; band < layout.bands;) {
