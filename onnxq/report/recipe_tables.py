@@ -18,11 +18,19 @@ def recipes(known: Mapping[str, Recipe]) -> list[RenderableType]:
     for name, recipe in known.items():
         solver = recipe.linear.solver.name + (", sequential" if recipe.calibration.sequential else "")
         made.add_row(
-            Text(name, style="bold"), _grid(recipe.linear.grid), solver, _grid(recipe.tables.grid),
+            Text(name, style="bold"), _products(recipe), solver, _grid(recipe.tables.grid),
             recipe.target, escape(recipe.description),
         )  # fmt: skip
     foot = "`onnxq recipes NAME` prints one as YAML: save it, change it, and give the file to --recipe."
     return [made, Text(foot, style="dim")]
+
+
+def _products(recipe: Recipe) -> str:
+    if recipe.alternatives:
+        return f"{recipe.linear.grid.bits} bits in the mean, of {1 + len(recipe.alternatives)} plans"
+    if recipe.linear.mixed is not None:
+        return f"{recipe.linear.grid.bits} bits in the mean, mixed"
+    return _grid(recipe.linear.grid)
 
 
 def _grid(grid: GridSpec | None) -> str:
