@@ -151,8 +151,7 @@ def _within_error(measured: Curves, ceiling: float) -> tuple[dict[str, Point[Pla
     if measured.kind == "layer":
         why = "; ".join(measured.notes) or "the recipe weighs errors by layers"
         raise BudgetError(f"What rounding does to the outputs is not known, so no error can be promised: {why}.")
-    hulls = [min(point.loss for point in points) for points in measured.points.values()]
-    least = _error(measured.kind, sum(hulls))
+    least = _error(measured.kind, sum(min(point.loss for point in points) for points in measured.points.values()))
     if least > ceiling:
         raise BudgetError(
             f"An error of {ceiling:g} is below {least:.4g}, what the widest formats are expected to come to. "

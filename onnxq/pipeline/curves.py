@@ -15,12 +15,14 @@ Mixed depths have curves of their own, in the same unit (`onnxq.pipeline.mixed`)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from onnxq.allocation.budget import Point
+from onnxq.calibration import InputStatistics
 from onnxq.calibration.statistics import Level
 from onnxq.formats.files import AnyFormat
 from onnxq.formats.framed import FramedFormat, frames_of
@@ -79,7 +81,7 @@ def measure_curves(
                 if option.mixed:
                     curves[name] += mixed[name]
                     continue
-                gain = 1.0 if sensitivities is None else _feedback_gain(option, sample, costs)
+                gain = _feedback_gain(option, sample, costs)
                 curves[name] += [dataclasses.replace(p, loss=p.loss / gain) for p in _curve(option, sample)]
             progress.advance(1, name)
     typical_drop = float(np.median(list(dropped.values()))) if dropped else 1.0
@@ -124,8 +126,9 @@ class _Sample:
         count = weight.batch * weight.n
         self._picked = np.unique(np.linspace(0, count - 1, min(count, _CURVE_ROWS)).astype(int))
         self.rows = np.concatenate([weight.rows(row, row + 1) for row in self._picked])
-        first, second = halves.of(weight)
-        self.statistics = first if first is None or second is None else first.merge(second)
+        # Nearest rounding and losses look at mean squares alone.
+        seen = [dataclasses.replace(half, second_moment=None) for half in halves.of(weight) if half is not None]
+        self.statistics = functools.reduce(InputStatistics.merge, seen) if seen else None
         self._sensitivity = sensitivity
         self._importance = None if self.statistics is None else self.statistics.diagonal.astype(np.float64)
         self._energy = self.squares(self.rows)

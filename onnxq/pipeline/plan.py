@@ -21,6 +21,13 @@ from onnxq.recipe import GridSpec, Recipe, SolverSpec
 from onnxq.report.records import KeptRecord
 from onnxq.solvers.mixed import bands_of
 
+_FEWEST_OUTPUTS = 128
+"""Of mixed depths: their trellises go through tiles of 32, and in fewer than 4 they gain nothing."""
+_UNMIXED = (
+    f"depths mix in single weights of at least {_FEWEST_OUTPUTS} outputs and at most {LARGEST_INPUTS} inputs, "
+    "which no look-up reads"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -166,17 +173,15 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
     else:
         solver = dataclasses.replace(solver, levels="search")
     level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
-    formats = (
-        _formats(weight, recipe, grid) if rule is not None or not _mixes(weight, recipe) else _flat(weight, recipe)
-    )
-    planned = Planned(weight, formats, solver, grid, recipe, level, _remark(weight, formats, grid))
+    mixed = rule is None and _mixes(weight, recipe)
+    formats = _flat(weight, recipe) if mixed else _formats(weight, recipe, grid)
+    remarks = _remarks(weight, formats, grid)
+    if linear and rule is None and recipe.linear.mixed is not None and not mixed:
+        remarks.append(f"one depth: {_UNMIXED}")
+    planned = Planned(weight, formats, solver, grid, recipe, level, "; ".join(remarks))
     if planned.cost_bits >= 8 * weight.bytes:
         return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned
-
-
-_FEWEST_OUTPUTS = 128
-"""Of mixed depths: their trellises go through tiles of 32, and in fewer than 4 they gain nothing."""
 
 
 def _mixes(weight: Weight, recipe: Recipe) -> bool:
@@ -218,10 +223,10 @@ def _formats(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat,
     return recipe.formats(grid, products="linear" in weight.kinds, look_ups="table" in weight.kinds)
 
 
-def _remark(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> str:
+def _remarks(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> list[str]:
     """What became of wishes that sizes or readers don't allow."""
     if isinstance(formats[0], MixedFormat):
-        return ""
+        return []
     remarks = []
     framed = formats[0] if isinstance(formats[0], FramedFormat) else None
     if framed is not None:
@@ -231,4 +236,4 @@ def _remark(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> s
     inner = formats[0] if framed is None else framed.inner
     if grid.window is not None and not isinstance(inner, CodebookFormat):
         remarks.append("equal steps: no table of levels serves it")
-    return "; ".join(remarks)
+    return remarks

@@ -172,7 +172,7 @@ def _identity(job: _Job) -> dict[str, Any]:
     """What tells a model, recipe and data from others."""
     data = job.data
     return {
-        "source": file_identity(job.loaded.path),
+        "source": [file_identity(path) for path in (job.loaded.path, *sorted(job.loaded.external_files))],
         "recipe": job.recipe.digest(),
         "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
         "version": __version__,
@@ -216,18 +216,21 @@ def _curve_source(job: _Job, folder: Path | None, checkpoint: Path | None) -> Ca
         points = measure_curves(items, stages, found.sensitivities, job.progress)
         kind = "layer" if found.sensitivities is None else found.sensitivities.kind
         curves = Curves(points, kind, found.notes)
-        cache.save(items, curves)
+        if kind != "layer" or recipe.allocation.sensitivity == "layer" or job.data is None:
+            # Where gradients were wanted and torch or an operator was missing, another run may have them.
+            cache.save(items, curves)
         return curves
 
     return curves_of
 
 
 def _fingerprint(data: CalibrationData) -> str:
-    """Tells data apart by its first feed: feeds from Python have no name of their own."""
+    """Tells data apart by all feeds: curves are kept for long, and a file may change under its name."""
     digest = hashlib.sha256()
-    for name, array in sorted(next(iter(data)).items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for feed in data:
+        for name, array in sorted(feed.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 

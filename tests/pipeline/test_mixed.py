@@ -11,9 +11,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from onnxq.errors import BudgetError, RecipeError
+from onnxq.errors import BudgetError, ModelError, RecipeError
 from onnxq.formats.mixed import MixedFormat
 from onnxq.pipeline import run as pipeline
+from onnxq.pipeline import sensitivity as weighing
 from onnxq.recipe import AllocationSpec, DistillationSpec, MixedSpec, Recipe, Rule
 from onnxq.report.inspect import inspect_model
 from onnxq.report.records import QuantizeReport
@@ -111,6 +112,7 @@ def test_small_weights_keep_one_depth(tmp_path: Path) -> None:
     small = models.save(proto, tmp_path / "small.onnx")
     report = quantize(small, tmp_path / "out.onnx", recipe(), calibration=[{"x": models.weight(8, 64)}], bits=3.5)
     assert report.weights[0].format.startswith("uniform")
+    assert "one depth: depths mix in single weights of at least 128 outputs" in report.weights[0].note
 
 
 class TestSeveralPlans:
@@ -204,6 +206,24 @@ class TestKeptCurves:
         ):
             report = self.plan(source, tmp_path, chosen, 2.5, **options)
             assert not any("earlier run" in note for note in report.notes)
+
+    def test_what_was_weighed_by_layers_for_want_of_gradients_is_not_kept(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise ModelError("no gradient is known for Mystery")
+
+        monkeypatch.setattr(weighing, "measure", refuse)
+        for _ in range(2):
+            report = self.plan(source, tmp_path, recipe(allocation=GRADIENTS), 2.5)
+            assert any("Mystery" in note for note in report.notes)
+            assert not any("earlier run" in note for note in report.notes)
+
+    def test_data_that_changed_behind_its_first_batch_is_other_data(self, source: Path, tmp_path: Path) -> None:
+        self.plan(source, tmp_path, recipe(), 2.5)
+        changed = [*DATA[:-1], {"x": DATA[-1]["x"] + 1}]
+        report = self.plan(source, tmp_path, recipe(), 2.5, calibration=changed)
+        assert not any("earlier run" in note for note in report.notes)
 
     def test_depths_come_back_as_they_were(self, source: Path, tmp_path: Path) -> None:
         found = []
