@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 
 from tests.custom_ops import layout_reference
-from tests.custom_ops.layout_reference import TILE, finish_model, initializers
+from tests.custom_ops.layout_reference import TILE, product_model, with_bias
 
 LEVEL_BITS = 7
 INPUTS = ["packed", "table", "scales", "zero_points", "bias"]
@@ -115,7 +114,6 @@ def codebook_model(
     **overrides: object,
 ) -> onnx.ModelProto:
     """x -> CodebookMatMul -> y. `replace` swaps initializers and `overrides` attributes, to build wrong models."""
-    arrays = weight.pack() | {"bias": np.zeros(1, np.float32) if bias is None else bias} | (replace or {})
     attributes = {
         "K": weight.k,
         "N": weight.n,
@@ -126,14 +124,5 @@ def codebook_model(
         "accuracy_level": accuracy_level,
         "layout_version": 1,
     }
-    node = helper.make_node(
-        "CodebookMatMul", ["x", *INPUTS], ["y"], name="the_node", domain="onnxq", **(attributes | overrides)
-    )
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape or ["rows", weight.k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        initializers(arrays),
-    )
-    return finish_model(graph)
+    arrays = weight.pack() | with_bias(bias) | (replace or {})
+    return product_model("CodebookMatMul", INPUTS, arrays, attributes | overrides, weight.k, x_shape)

@@ -122,6 +122,34 @@ def initializers(arrays: dict[str, np.ndarray]) -> list[onnx.TensorProto]:
     return [numpy_helper.from_array(array, name) for name, array in arrays.items()]
 
 
+INPUTS = ["packed", "scales", "zero_points", "bias"]
+
+
+def product_model(
+    op_type: str,
+    inputs: list[str],
+    arrays: dict[str, np.ndarray],
+    attributes: dict[str, object],
+    k: int,
+    x_shape: list[int | str | None] | None,
+) -> onnx.ModelProto:
+    """x -> an op with x and these arrays as inputs -> y. Where no bias is among the arrays it is one zero."""
+    node = helper.make_node(op_type, ["x", *inputs], ["y"], name="the_node", domain="onnxq", **attributes)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape or ["rows", k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        initializers({"bias": np.zeros(1, np.float32)} | arrays),
+    )
+    return finish_model(graph)
+
+
+def with_bias(bias: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The array of a bias, where there is one."""
+    return {} if bias is None else {"bias": bias}
+
+
 def matmul_model(
     weight: Weight,
     bias: np.ndarray | None = None,
@@ -132,23 +160,9 @@ def matmul_model(
     **overrides: object,
 ) -> onnx.ModelProto:
     """x -> LowBitMatMul -> y. `replace` swaps initializers and `overrides` attributes, to build wrong models."""
-    arrays = weight.pack() | {"bias": np.zeros(1, np.float32) if bias is None else bias} | (replace or {})
-    node = helper.make_node(
-        "LowBitMatMul",
-        ["x", "packed", "scales", "zero_points", "bias"],
-        ["y"],
-        name="the_node",
-        domain="onnxq",
-        **attributes(weight, accuracy_level=accuracy_level, **overrides),
-    )
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape or ["rows", weight.k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        initializers(arrays),
-    )
-    return finish_model(graph)
+    said = attributes(weight, accuracy_level=accuracy_level, **overrides)
+    arrays = weight.pack() | with_bias(bias) | (replace or {})
+    return product_model("LowBitMatMul", INPUTS, arrays, said, weight.k, x_shape)
 
 
 def gather_model(weight: Weight, index_type: int = TensorProto.INT64, **overrides: object) -> onnx.ModelProto:

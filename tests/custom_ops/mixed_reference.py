@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 
 from tests.custom_ops import layout_reference
-from tests.custom_ops.layout_reference import BLOCK, TILE, finish_model, initializers
+from tests.custom_ops.layout_reference import BLOCK, TILE, product_model, with_bias
 
 INPUTS = ["packed", "depths", "columns", "scales", "order", "tables", "steps", "bias"]
 FIRST_ENTRY = {1: 0, 2: 16, 3: 32, 4: 48, 5: 64, 6: 96}
@@ -142,7 +141,6 @@ def mixed_model(
     **overrides: object,
 ) -> onnx.ModelProto:
     """x -> MixedBitMatMul -> y. `replace` swaps initializers and `overrides` attributes, to build wrong models."""
-    arrays = weight.pack() | {"bias": np.zeros(1, np.float32) if bias is None else bias} | (replace or {})
     attributes = {
         "K": weight.k,
         "N": weight.n,
@@ -151,14 +149,5 @@ def mixed_model(
         "accuracy_level": accuracy_level,
         "layout_version": 1,
     }
-    node = helper.make_node(
-        "MixedBitMatMul", ["x", *INPUTS], ["y"], name="the_node", domain="onnxq", **(attributes | overrides)
-    )
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape or ["rows", weight.k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        initializers(arrays),
-    )
-    return finish_model(graph)
+    arrays = weight.pack() | with_bias(bias) | (replace or {})
+    return product_model("MixedBitMatMul", INPUTS, arrays, attributes | overrides, weight.k, x_shape)

@@ -95,6 +95,17 @@ def test_kernel_agrees_with_the_format(n: int, k: int, band: int, accuracy_level
         assert largest_error(encoding, y, x, bias, int8=accuracy_level == 4) <= TOLERANCE
 
 
+@pytest.mark.parametrize("accuracy_level", [1, 4])
+@pytest.mark.parametrize(("n", "k", "rows"), [(100, 96, 1000), (2048, 1536, 200)], ids=["of rows", "of bands and rows"])
+def test_turns_agree_with_the_format(n: int, k: int, rows: int, accuracy_level: int, library: Path) -> None:
+    """Inputs of many rows, or of many bands, are made ready in turns that share one memory."""
+    encoding = random_mixed(n, k, 32, depths=(1, 2, 4, 7))
+    x = np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32)
+    bias = np.arange(n, dtype=np.float32)
+    y = new_session(mixed_model(as_weight(encoding), bias, accuracy_level=accuracy_level), library).run(None, {"x": x})
+    assert largest_error(encoding, y[0], x, bias, int8=accuracy_level == 4) <= TOLERANCE
+
+
 def test_int8_activations_are_close_to_the_weight_itself(library: Path) -> None:
     """Not only to a model of their rounding: 127 steps to the largest of 128 inputs make about 0.6 % of noise."""
     encoding = random_mixed(300, 2048, 128, depths=(1, 2, 3, 4))

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 from rich.console import Console
-from rich.table import Table
 
 import onnxq
 from onnxq.pipeline.curve_cache import default_folder
 from onnxq.recipe import FrameSpec, GridSpec, LinearPlan, MixedSpec, Recipe, SolverSpec, TablePlan
 from onnxq.report.records import QuantizeReport
-from tools.tables.results import cell_file, load_result, save_result
+from tools.tables.results import cell_file, load_result, save_result, show_table
 from tools.tables.subjects import SUBJECTS, Subject
 
 TABLE = "cvxq-1"
@@ -132,19 +131,6 @@ def rows(name: str) -> Iterator[list[str]]:
         yield [method.name, *("" if cell is None else f"{cell.metric:.4g} ({cell.bits:.2f})" for cell in found)]
 
 
-def show(name: str, console: Console, markdown: bool) -> None:
-    headings = ["method", *(f"{rate:g} bits" for rate in RATES)]
-    if markdown:
-        print(f"\n{name}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
-        for row in rows(name):
-            print(f"| {' | '.join(row)} |")
-        return
-    table = Table(*headings, title=name)
-    for row in rows(name):
-        table.add_row(*row)
-    console.print(table, "metric (true bits)")
-
-
 def plot(name: str, folder: Path) -> None:
     """Two pictures of a subject: the metric by rate, and where the bits of each layer went."""
     import matplotlib as mpl
@@ -189,7 +175,8 @@ def main() -> None:
     for name in arguments.subjects:
         if not arguments.list:
             fill(name, arguments.only, console)
-        show(name, console, arguments.markdown)
+        headings = ["method", *(f"{rate:g} bits" for rate in RATES)]
+        show_table(name, headings, rows(name), "metric (true bits)", console, markdown=arguments.markdown)
         if arguments.plot is not None:
             plot(name, arguments.plot)
 

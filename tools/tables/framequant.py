@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from onnxq.calibration import InputStatistics, collect, requests_for
 from onnxq.graph import Weight, find_weights, load
 from onnxq.pipeline.solve import dequantized_roots, encode, statistics_of
 from onnxq.recipe import FrameSpec, GridSpec, LinearPlan, Recipe, SolverSpec
 from onnxq.solvers.loss import relative_proxy_loss
-from tools.tables.results import cell_file, load_result, save_result
+from tools.tables.results import cell_file, load_result, save_result, show_table
 from tools.tables.subjects import SUBJECTS, Subject, measure_with
 
 VERSION = 1
@@ -179,15 +178,8 @@ def show(name: str, console: Console, markdown: bool) -> None:
     baseline = load_result(store(name, Method("float", {}), 32), Result)
     title = name + ("" if baseline is None else f" (float: {baseline.metric:.4g})")
     headings = ["method", *(f"{rate:g} bits" for rate in RATES)]
-    if markdown:
-        print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
-        for row in rows(name):
-            print(f"| {' | '.join(row)} |")
-        return
-    table = Table(*headings, title=title)
-    for row in rows(name):
-        table.add_row(*row)
-    console.print(table, "metric (true bits; mean relative proxy loss)")
+    foot = "metric (true bits; mean relative proxy loss)"
+    show_table(title, headings, rows(name), foot, console, markdown=markdown)
 
 
 def main() -> None:

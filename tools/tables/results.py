@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 from tools.models import cache_folder
 
@@ -38,3 +42,18 @@ def save_result(file: Path, result: DataclassInstance) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(dataclasses.asdict(result)))
     partial.replace(file)
+
+
+def show_table(
+    title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], foot: str, console: Console, *, markdown: bool
+) -> None:
+    """Prints a table, or its Markdown for a document."""
+    if markdown:
+        print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+        for row in rows:
+            print(f"| {' | '.join(row)} |")
+        return
+    table = Table(*headings, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, foot)
