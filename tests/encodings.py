@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onnxq.formats.binary import BinaryEncoding, BinaryFormat
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.float8 import Float8Encoding, Float8Format
 from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of
 from onnxq.formats.mixed import DEEPEST, MixedEncoding, MixedFormat
 from onnxq.formats.packing import BLOCK_K, TILE_N, ceil_div
@@ -51,6 +53,41 @@ def random_mixed(
     scales = rng.uniform(0.005, 0.01, (n, 1))
     gain = choose_gain(scales)
     return MixedEncoding(format, codes, columns, round_scales(scales, gain)[:, 0], gain)
+
+
+def random_float8(format: Float8Format, n: int, k: int, seed: int = 0) -> Float8Encoding:
+    """A float8 encoding of an [n, k] weight with any codes but those of infinity and NaN."""
+    rng = np.random.default_rng(seed)
+    largest = int(format.kind.encode(np.array([format.kind.largest]))[0])
+    codes = rng.integers(0, largest + 1, (n, k)).astype(np.uint8)
+    codes[(rng.random((n, k)) < 0.5) & (codes > 0)] += 128
+    scales = rng.uniform(1e-4, 2e-4, format.scale_shape(n, k))
+    if format.powers_of_two:
+        scales = np.exp2(rng.integers(-14, -10, scales.shape))
+    gain = choose_gain(scales)
+    return Float8Encoding(format, codes, round_scales(scales, gain), gain)
+
+
+def random_binary(
+    planes: Sequence[int] | np.ndarray,
+    k: int,
+    group_size: int | None = None,
+    *,
+    offset: bool = False,
+    seed: int = 0,
+    gain: float = 0.5,
+) -> BinaryEncoding:
+    """A binary encoding of [N, k] with these planes of its rows: any signs, scales and offsets."""
+    rng = np.random.default_rng(seed)
+    by_row = np.array(planes)
+    format, order = BinaryFormat.by_row(by_row, group_size, offset=offset)
+    stored = -np.sort(-by_row)
+    n, groups = len(by_row), format.groups(k)
+    codes = rng.integers(0, 1 << stored[:, None], (n, k)).astype(np.uint8)
+    present = np.arange(stored[0])[:, None, None] < stored[:, None]
+    scales = (rng.uniform(0.1, 1, (stored[0], n, groups)) * present).astype(np.float16)
+    offsets = rng.uniform(-1, 1, (n, groups)).astype(np.float16) if offset else None
+    return BinaryEncoding(format, codes, scales, offsets, order, gain)
 
 
 def random_framed(format: FramedFormat, n: int, k: int, seed: int = 0) -> FramedEncoding:

@@ -6,19 +6,23 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from onnxq.formats.binary import BinaryEncoding, BinaryFormat
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.float8 import Float8Encoding, Float8Format
 from onnxq.formats.framed import FramedEncoding, FramedFormat
 from onnxq.formats.mixed import MixedEncoding, MixedFormat
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
 
-AnyFormat = UniformFormat | CodebookFormat | FramedFormat | MixedFormat
-AnyEncoding = UniformEncoding | CodebookEncoding | FramedEncoding | MixedEncoding
+AnyFormat = UniformFormat | CodebookFormat | FramedFormat | MixedFormat | Float8Format | BinaryFormat
+AnyEncoding = UniformEncoding | CodebookEncoding | FramedEncoding | MixedEncoding | Float8Encoding | BinaryEncoding
 
 _KINDS: dict[str, type[AnyEncoding]] = {
     "uniform": UniformEncoding,
     "codebook": CodebookEncoding,
     "framed": FramedEncoding,
     "mixed": MixedEncoding,
+    "float8": Float8Encoding,
+    "binary": BinaryEncoding,
 }
 
 

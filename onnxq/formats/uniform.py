@@ -57,13 +57,17 @@ class UniformFormat:
         bits: 1 to 8.
         group_size: weights along K that share a scale, a multiple of 32; None means the whole column.
         zero_point: see `ZeroPoint`.
+        one_scale: all columns have one scale, of which each keeps a copy here.
     """
 
     bits: int
     group_size: int | None = 32
     zero_point: ZeroPoint = ZeroPoint.MIDRISE
+    one_scale: bool = False
 
     def __post_init__(self) -> None:
+        if self.one_scale and not (self.group_size is None and self.zero_point.shared):
+            raise ValueError("one scale for a weight goes with whole columns and one zero point")
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be 1 to 8, not {self.bits}")
         if self.group_size is not None and (self.group_size < 32 or self.group_size % packing.BLOCK_K):
@@ -121,7 +125,7 @@ class UniformFormat:
 
     def label(self) -> str:
         """Short name for reports."""
-        group = "column" if self.group_size is None else f"g{self.group_size}"
+        group = "one scale" if self.one_scale else "column" if self.group_size is None else f"g{self.group_size}"
         return f"uniform {self.bits}-bit {group} {self.zero_point.value}"
 
 
@@ -221,7 +225,7 @@ class UniformEncoding:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Everything as named arrays, for a file; codes are packed."""
         packed = self.pack()
-        layout = [self.format.bits, self.format.group_size or 0, *self.shape]
+        layout = [self.format.bits, self.format.group_size or 0, *self.shape, int(self.format.one_scale)]
         return {
             **dataclasses.asdict(packed),
             "layout": np.array(layout, np.int64),
@@ -232,8 +236,8 @@ class UniformEncoding:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> UniformEncoding:
         """Undoes `to_arrays`."""
-        bits, group_size, n, k = (int(value) for value in arrays["layout"])
-        format = UniformFormat(bits, group_size or None, ZeroPoint(str(arrays["zero_point"])))
+        bits, group_size, n, k, one_scale = (int(value) for value in arrays["layout"])
+        format = UniformFormat(bits, group_size or None, ZeroPoint(str(arrays["zero_point"])), bool(one_scale))
         packed = PackedUniform(arrays["packed"], arrays["scales"], arrays["zero_points"])
         return cls.unpack(packed, format, n, k, float(arrays["gain"]))
 

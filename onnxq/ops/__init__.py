@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxscript import OnnxFunction
 
 from onnxq.errors import ModelError
-from onnxq.ops import codebook, codebook_legacy, frame, lowbit, lowbit_legacy, mixed
+from onnxq.ops import binary, codebook, codebook_legacy, float8, frame, lowbit, lowbit_legacy, mixed
 
 DOMAIN = "onnxq"
 OPSET_VERSION = 1
@@ -28,6 +28,12 @@ _BODIES: dict[str, tuple[OnnxFunction[..., Any], OnnxFunction[..., Any]]] = {
     "LowBitGather": (lowbit.LowBitGather, lowbit_legacy.LowBitGather),
     "CodebookMatMul": (codebook.CodebookMatMul, codebook_legacy.CodebookMatMul),
     "MixedBitMatMul": (mixed.MixedBitMatMul, mixed.MixedBitMatMul),
+    "Float8MatMul": (float8.Float8MatMul, float8.Float8MatMul),
+    "Float8Gather": (float8.Float8Gather, float8.Float8Gather),
+    "Float8Round": (float8.Float8Round, float8.Float8Round),
+    "Float8RoundTokens": (float8.Float8RoundTokens, float8.Float8RoundTokens),
+    "BinaryCodeMatMul": (binary.BinaryCodeMatMul, binary.BinaryCodeMatMul),
+    "MixedBitGather": (binary.MixedBitGather, binary.MixedBitGather),
     "FrameAnalysis": (frame.FrameAnalysis, frame.FrameAnalysis),
     "FrameSynthesis": (frame.FrameSynthesis, frame.FrameSynthesis),
 }

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnxq import ops
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
+from onnxq.formats.float8 import Float8Encoding, Float8Format, Float8Kind
 from onnxq.formats.mixed import MixedEncoding, MixedFormat, PackedMixed, steps, tables
 from onnxq.formats.packing import TILE_N, ceil_div, unpack_codes, untile_groups
 from onnxq.formats.uniform import PackedUniform, UniformEncoding, UniformFormat, ZeroPoint
@@ -196,6 +197,23 @@ def _describe_mixed(node: ir.Node) -> _Found:
     return _Found(n, k, bits, format.label(), "linear", decode if known else None)
 
 
+def _describe_float8(node: ir.Node) -> _Found:
+    n, k = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    group, gain = node.attributes.get_int("group_size", k), node.attributes.get_float("gain", 1.0)
+    mantissa_bits, bias = node.attributes.get_int("mantissa_bits", 0), node.attributes.get_int("exponent_bias", 0)
+    reader, scales = "table" if node.op_type == "Float8Gather" else "linear", _array(node.inputs[2])
+    try:
+        kind = Float8Kind.of(mantissa_bits, bias)
+    except ValueError:
+        return _Found(n, k, 8, "float8 of no known kind", reader, None)
+    format = Float8Format(kind, None if group >= k else group, one_scale=scales.size == 1 < n)
+
+    def decode() -> np.ndarray:
+        return Float8Encoding(format, _array(node.inputs[1]), scales, gain).dequantize()
+
+    return _Found(n, k, 8, format.label(), reader, decode)
+
+
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
     """Bytes [..., B] of low-first fields to codes [..., B * 8 / bits]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -314,6 +332,8 @@ _READERS: Mapping[tuple[str, str], tuple[tuple[int, ...], _Describe]] = {
     (ops.DOMAIN, "LowBitGather"): ((1, 2, 3), _describe_ours),
     (ops.DOMAIN, "CodebookMatMul"): ((1, 3, 4), _describe_codebook),  # weights share tables
     (ops.DOMAIN, "MixedBitMatMul"): ((1, 2, 3, 4), _describe_mixed),  # they share orders too
+    (ops.DOMAIN, "Float8MatMul"): ((1, 2), _describe_float8),
+    (ops.DOMAIN, "Float8Gather"): ((1, 2), _describe_float8),
     ("com.microsoft", "MatMulNBits"): ((1, 2, 3), _describe_nbits),
     ("com.microsoft", "GatherBlockQuantized"): ((0, 2, 3), _describe_rows),
     ("", "DequantizeLinear"): ((0, 1, 2), _describe_dequantize),

@@ -14,8 +14,8 @@ ACCURACY = (
 )
 BLOCKS = "quantise with --group-size 32, 64 or 128"
 FLOAT8 = (
-    "set the session option session.disable_quant_qdq=1 to expand it once (float32 speed and memory), or "
-    "store it in 8 bits: `onnxq quantize --width 8`"
+    "quantise with `onnxq quantize --target kernel`: 8 bits in memory with the kernel library, expanded once without; "
+    "or set the session option session.disable_quant_qdq=1 to expand this file's once (float32 speed and memory)"
 )
 TABLE = "store it so that only looked-up rows are decoded: `onnxq quantize` does, with either --target"
 TRANSPOSED = "store it as [K, N] with axis 0, without Transpose behind it: `onnxq quantize --target stock` does"
@@ -67,6 +67,7 @@ _BRANCH = (
     "ONNX Runtime can't fuse a DequantizeLinear in a branch whose weight is in the outer graph: store it as "
     "MatMulNBits, or use `onnxq quantize --target kernel`."
 )
+_OUR_OPS = "LowBit|Codebook|Mixed|Float8|Frame"
 _REFUSALS = (
     (r"nbits_ == 2 \|\| nbits_ == 4 \|\| nbits_ == 8", _WIDTHS),
     (
@@ -74,7 +75,7 @@ _REFUSALS = (
         "Quantise again with whole zero points (uint8).",
     ),
     (
-        r"onnxq.*(not a registered function/op|No Op registered)|an implementation for (LowBit|Codebook|Mixed|Frame)",
+        rf"onnxq.*(not a registered function/op|No Op registered)|an implementation for ({_OUR_OPS})",
         _NO_BODIES,
     ),
     (

@@ -2,13 +2,14 @@
 
 Rules, in the order they are tried (cited in the code). The limits were measured on ONNX Runtime 1.32, CPU.
 
-1. A node of the domain onnxq runs on our kernel: fast.
+1. A node of the domain onnxq runs on our kernel: fast. Those of float8 weights have float32 activations, which other
+   nodes of ours may have rounded.
 2. MatMulNBits is fast, except with float activations (accuracy level below 4) at 2 or 8 bits, with float zero
    points, or at 2 bits with blocks other than 32, 64 and 128: 10 to 100 times slower. Codes that are reshaped
    for it while a look-up reads them as they are stand in memory twice.
 3. GatherBlockQuantized and the integer products are fast.
 4. DequantizeLinear of a stored weight that is still there was not fused: it runs again at every call.
-5. A node that reads packed bytes in any other way decodes them at every call.
+5. A node that reads packed bytes in any other way decodes them at every call; one that picks rows decodes these.
 6. A stored tensor that is not in the file, made of tensors that are smaller there, was folded when the
    session was created: fast, at the price of memory.
 7. A product or look-up of a float weight is as it was in the file.
@@ -38,7 +39,7 @@ _PRODUCTS = frozenset(["MatMul", "Gemm", "FusedMatMul", "FusedGemm"])
 _FLOAT_READERS = _PRODUCTS | {"Gather", "Conv", "FusedConv", "Attention"}
 _VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape"])
 _FAST_2_BIT_BLOCKS = (32, 64, 128)
-_INT8_ACTIVATIONS = 4
+_FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
 
 
 class Verdict(enum.Enum):
@@ -122,11 +123,14 @@ def _try_kernel(subject: Subject) -> Decision | None:
     node = subject.node
     if node.domain != ops.DOMAIN:
         return None
-    if node.op_type == "LowBitGather":
+    if node.op_type in ("LowBitGather", "Float8Gather"):
         return Decision(Verdict.FAST, "kernel, rows decoded as they are looked up")
     if node.op_type.startswith("Frame"):
         return Decision(Verdict.FAST, "kernel, a transform of activations")
-    return Decision(Verdict.FAST, f"kernel, {_activations(node, _INT8_ACTIVATIONS)}")
+    if node.op_type.startswith("Float8Round"):
+        return Decision(Verdict.FAST, "kernel, a rounding of activations")
+    level = _FLOAT_ACTIVATIONS if node.op_type == "Float8MatMul" else _INT8_ACTIVATIONS
+    return Decision(Verdict.FAST, f"kernel, {_activations(node, level)}")
 
 
 def _try_product(subject: Subject) -> Decision | None:
@@ -208,8 +212,10 @@ def _try_dequantize(subject: Subject) -> Decision | None:
 
 def _try_decoding(subject: Subject) -> Decision | None:
     """Rule 5."""
-    if subject.node.op_type in _VIEWS or subject.looks_up or not any(map(is_code, subject.unchanged)):
+    if subject.node.op_type in _VIEWS or not any(map(is_code, subject.unchanged)):
         return None
+    if subject.looks_up:
+        return Decision(Verdict.FAST, "rows decoded as they are looked up") if subject.ours else None
     what = f"{subject.node.op_type} decodes the packed weight again at every call"
     return Decision(Verdict.SLOW, what, cures.decoding(subject.ours))
 

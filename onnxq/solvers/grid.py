@@ -26,6 +26,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,18 @@ _REFINING_STEPS = (0.94, 0.97, 1.03, 1.06)
 _LEAST_SQUARES_ROUNDS = 3
 _RANGE_STEPS = 8
 _LARGEST_FLOAT16 = 65504.0
+
+
+class Grouping(Protocol):
+    """What is asked here of any format whose weights share scales in groups along K."""
+
+    def effective_group(self, k: int) -> int:
+        """See `UniformFormat.effective_group`."""
+        ...
+
+    def groups(self, k: int) -> int:
+        """See `UniformFormat.groups`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +86,12 @@ def search_grid(weight: np.ndarray, format: UniformFormat, importance: np.ndarra
     """
     gain = safe_gain(weight, format)
     n, k = weight.shape
+    if format.one_scale:
+        # One long row: the same search, with all weights in one group.
+        alone = dataclasses.replace(format, one_scale=False)
+        tiled = None if importance is None else np.tile(importance, n)
+        grid = search_grid(weight.reshape(1, -1), alone, tiled)
+        return dataclasses.replace(grid, scales=np.repeat(grid.scales, n, axis=0))
     shares = group_importance(importance, format, k)
     scales = np.zeros((n, format.groups(k)), np.float16)
     zero_points = empty_zero_points(format, n, k)
@@ -249,15 +268,25 @@ def safe_gain(weight: np.ndarray, format: UniformFormat) -> float:
     """A gain under which no step that a search can want leaves float16's range.
 
     Raises:
-        ValueError: the weight is no matrix, is empty, or holds infinities or NaNs.
+        ValueError: see `largest_magnitude`.
+    """
+    # The coarsest sensible grid puts the largest weight on the level nearest to zero.
+    reach = largest_magnitude(weight) * (2 if format.zero_point is ZeroPoint.MIDRISE else 1)
+    return choose_gain(np.asarray(reach))
+
+
+def largest_magnitude(weight: np.ndarray) -> float:
+    """Of a weight [N, K].
+
+    Raises:
+        ValueError: it is no matrix, is empty, or holds infinities or NaNs.
     """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"a weight must be a matrix [N, K] with elements in it, not {list(weight.shape)}")
     largest = max(float(weight.max()), -float(weight.min()))
     if not math.isfinite(largest):
         raise ValueError("the weight holds infinities or NaNs, which no grid can store")
-    # The coarsest sensible grid puts the largest weight on the level nearest to zero.
-    return choose_gain(np.asarray(largest * (2 if format.zero_point is ZeroPoint.MIDRISE else 1)))
+    return largest
 
 
 def empty_zero_points(format: UniformFormat, n: int, k: int) -> np.ndarray:
@@ -267,7 +296,7 @@ def empty_zero_points(format: UniformFormat, n: int, k: int) -> np.ndarray:
     return np.zeros((n, format.groups(k)), np.uint8)
 
 
-def into_groups(weight: np.ndarray, format: UniformFormat, gain: float) -> np.ndarray:
+def into_groups(weight: np.ndarray, format: Grouping, gain: float) -> np.ndarray:
     """Rows [R, K] as float32 [R, G, S] in units of the gain; a ragged last group is filled with its edge."""
     rows, k = weight.shape
     size = format.effective_group(k)
@@ -279,7 +308,7 @@ def into_groups(weight: np.ndarray, format: UniformFormat, gain: float) -> np.nd
     return groups
 
 
-def group_importance(importance: np.ndarray | None, format: UniformFormat, k: int) -> np.ndarray | None:
+def group_importance(importance: np.ndarray | None, format: Grouping, k: int) -> np.ndarray | None:
     """Importance [K] as float32 [G, S] of mean 1 in each group, 0 where a ragged group is filled up.
 
     Raises:
