@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxq.calibration.collect import Collected, Progress, collect
 from onnxq.calibration.data import CalibrationData, open_data
 from onnxq.calibration.inputs import ModelInput, model_inputs, session_inputs
+from onnxq.calibration.ranges import RangeStatistics
 from onnxq.calibration.requests import requests_for
 from onnxq.calibration.sequential import Block, SequentialCalibration, group_blocks
 from onnxq.calibration.statistics import (
@@ -23,6 +24,7 @@ __all__ = [
     "InputStatistics",
     "ModelInput",
     "Progress",
+    "RangeStatistics",
     "SequentialCalibration",
     "TableStatistics",
     "TapRequest",

@@ -5,8 +5,8 @@ and the taps are dealt out to chunks by them, in topological order. Each chunk i
 nothing behind its last tap, and passes over all the data, one feed at a time.
 
 Peak memory: one feed's taps of one chunk (`tap_bytes`), the same again for the largest single tap in float32, the
-running totals (`InputAccumulator`, of all taps of a chunk; finished chunks hold a third of that), and ONNX Runtime's
-own intermediate tensors.
+running totals (`InputAccumulator`, of all taps of a chunk; finished chunks hold a third of that; of `RangeAccumulator`
+all stays), and ONNX Runtime's own intermediate tensors.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from onnxq.calibration.data import CalibrationData
 from onnxq.calibration.extraction import extract
 from onnxq.calibration.inputs import Feed
 from onnxq.calibration.masks import MaskRules
+from onnxq.calibration.ranges import RangeAccumulator
 from onnxq.calibration.session import RunSettings, SessionHook, TapSession
 from onnxq.calibration.statistics import InputAccumulator, Statistics, TableAccumulator
 from onnxq.calibration.taps import GraphIndex, Tap, TapRequest, merge_requests
 from onnxq.errors import CalibrationError
 
 TAP_BYTES = 256 << 20
+_Accumulator = InputAccumulator | TableAccumulator | RangeAccumulator
 
 
 class Loaded(Protocol):
@@ -179,7 +181,7 @@ class _Collection:
     def gather(self, chunk: Sequence[Tap], number: int, of: int) -> Iterator[tuple[Tap, Statistics | None]]:
         """Pass over the data once and give each tap's statistics, None where no row was seen."""
         session = TapSession(extract(self.model, chunk, self.overrides, "values"), self.settings)
-        sums: list[InputAccumulator | TableAccumulator | None] = [None] * len(chunk)
+        sums: list[_Accumulator | None] = [None] * len(chunk)
         what = "collecting statistics" + (f" (part {number + 1} of {of})" if of > 1 else "")
         for batch, feed in enumerate(self.data):
             where = f"{self.data.name}, feed {batch}"
@@ -193,13 +195,8 @@ class _Collection:
             yield tap, accumulator.finish() if accumulator is not None else None
 
     def _add(
-        self,
-        tap: Tap,
-        total: InputAccumulator | TableAccumulator | None,
-        array: np.ndarray,
-        feed: Feed,
-        where: str,
-    ) -> InputAccumulator | TableAccumulator | None:
+        self, tap: Tap, total: _Accumulator | None, array: np.ndarray, feed: Feed, where: str
+    ) -> _Accumulator | None:
         if not array.size:  # the branch was not taken
             return total
         rows = self._rows(tap, array, feed)
@@ -217,7 +214,11 @@ class _Collection:
                 f"{where}: tap {tap.describe()} has shape {list(array.shape)}, so rows of width {rows.shape[1]}, but "
                 f"the site expects {tap.extent}. Is its side ('{tap.side}') right?"
             )
-        inputs = total if isinstance(total, InputAccumulator) else InputAccumulator(rows.shape[1], tap.level)
+        inputs: InputAccumulator | RangeAccumulator
+        if tap.level == "ranges":
+            inputs = total if isinstance(total, RangeAccumulator) else RangeAccumulator()
+        else:
+            inputs = total if isinstance(total, InputAccumulator) else InputAccumulator(rows.shape[1], tap.level)
         inputs.add(rows)
         if not inputs.finite:
             raise CalibrationError(

@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onnxq.calibration.ranges import RangeStatistics
 from onnxq.errors import CalibrationError
 
-Level = Literal["none", "diagonal", "full"]
-"""none: the site is not tapped. diagonal: count, mean, absmax, mean square. full: the second moment as well."""
+Level = Literal["none", "diagonal", "full", "ranges"]
+"""none: the site is not tapped. diagonal: count, mean, absmax, mean square. full: the second moment as well.
+ranges: what rounding of activations needs instead, see `onnxq.calibration.ranges`."""
 
-LEVELS: tuple[Level, ...] = ("none", "diagonal", "full")
+LEVELS: tuple[Level, ...] = ("none", "diagonal", "full", "ranges")
 BLOCK_ROWS = 2048
 _VERSION = 1
 _INDEX = "statistics.json"
@@ -79,7 +81,8 @@ class TableStatistics:
         return TableStatistics(self.counts + other.counts)
 
 
-Statistics = InputStatistics | TableStatistics
+Statistics = InputStatistics | TableStatistics | RangeStatistics
+_KINDS = {InputStatistics: "input", TableStatistics: "table", RangeStatistics: "ranges"}
 
 
 class InputAccumulator:
@@ -169,7 +172,7 @@ def save_statistics(folder: str | Path, statistics: Mapping[str, Statistics]) ->
     entries: dict[str, dict[str, Any]] = {}
     for number, (key, item) in enumerate(statistics.items()):
         entry: dict[str, Any] = {
-            "kind": "table" if isinstance(item, TableStatistics) else "input",
+            "kind": _KINDS[type(item)],
             "arrays": {},
         }
         for field in dataclasses.fields(item):
@@ -207,6 +210,9 @@ def load_statistics(folder: str | Path) -> dict[str, Statistics]:
             }
             if entry["kind"] == "table":
                 found[key] = TableStatistics(arrays["counts"])
+            elif entry["kind"] == "ranges":
+                numbers = {name: value for name, value in entry.items() if name not in ("kind", "arrays")}
+                found[key] = RangeStatistics(**numbers, **arrays)
             else:
                 moment = arrays.pop("second_moment", None)
                 found[key] = InputStatistics(int(entry["count"]), moment, **arrays)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from onnxq.calibration.ranges import BINS, SAMPLED_ROWS
 from onnxq.calibration.statistics import LEVELS, Level
 from onnxq.errors import CalibrationError
 
@@ -134,26 +135,28 @@ def merge_requests(index: GraphIndex, requests: Iterable[TapRequest]) -> tuple[T
 
     The key is the tensor's name; inside a subgraph it is prefixed with the way there
     (``if_node.then_branch/name``); where one tensor is looked at in two ways, the way is appended
-    (``name|left``, ``name|30522``).
+    (``name|left``, ``name|30522``, ``name|right|ranges``).
     """
-    groups: dict[tuple[int, Kind, Side, int | None], list[TapRequest]] = {}
-    ways: dict[int, set[tuple[Kind, Side, int | None]]] = {}
+    groups: dict[tuple[int, Kind, Side, int | None, bool], list[TapRequest]] = {}
+    ways: dict[int, set[tuple[Kind, Side, int | None, bool]]] = {}
     for request in requests:
         if request.level not in LEVELS:
             raise CalibrationError(f"Site {request.site_name}: level '{request.level}' is none of {LEVELS}.")
         if request.level == "none":
             continue
         # K must not split a group: it follows from the tensor. N does, since negative indices wrap by it.
-        way = (request.kind, request.side, request.extent if request.kind == "table" else None)
+        ranges = request.kind == "linear" and request.level == "ranges"
+        way = (request.kind, request.side, request.extent if request.kind == "table" else None, ranges)
         groups.setdefault((id(request.value), *way), []).append(request)
         ways.setdefault(id(request.value), set()).add(way)
     taps = []
-    for (identity, kind, side, rows), members in groups.items():
+    for (identity, kind, side, rows, ranges), members in groups.items():
         value = members[0].value
         key = "/".join([*(f"{node.name}.{attribute}" for node, attribute in index.path(value)), str(value.name)])
         if len(ways[identity]) > 1:
-            key += f"|{rows if kind == 'table' else side}"
+            key += f"|{rows if kind == 'table' else side}" + "|ranges" * ranges
         level: Level = "full" if any(m.level == "full" for m in members) else "diagonal"
+        level = "ranges" if ranges else level
         extents = {m.extent for m in members if m.extent is not None}
         if len(extents) > 1:
             raise CalibrationError(
@@ -168,13 +171,15 @@ def merge_requests(index: GraphIndex, requests: Iterable[TapRequest]) -> tuple[T
 
 
 def statistics_bytes(requests: Sequence[TapRequest]) -> int:
-    """Memory that the float64 totals of these requests take while collecting, once per distinct tensor."""
-    sizes: dict[tuple[int, Kind, Side], int] = {}
+    """Memory that the totals of these requests take while collecting, once per distinct tensor."""
+    sizes: dict[tuple[int, Kind, Side, bool], int] = {}
     for request in requests:
         if request.level == "none" or request.extent is None:
             continue
-        full = request.kind == "linear" and request.level == "full"
-        size = 8 * request.extent**2 if full else 24 * request.extent
-        place = (id(request.value), request.kind, request.side)
+        level = request.level if request.kind == "linear" else "diagonal"
+        size = 8 * request.extent**2 if level == "full" else 24 * request.extent
+        if level == "ranges":
+            size = 16 * BINS + 4 * SAMPLED_ROWS * request.extent
+        place = (id(request.value), request.kind, request.side, level == "ranges")
         sizes[place] = max(sizes.get(place, 0), size)
     return sum(sizes.values())

@@ -1,11 +1,20 @@
-"""What every rewrite needs afterwards."""
+"""What rewrites need, before and afterwards."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxq.graph.load import all_graphs
+
+
+def fresh_names(model: ir.Model) -> Iterator[str]:
+    """Names for values that no graph has: left to itself each graph would count from the start, and branches shadow."""
+    taken = {value.name for graph in model.graphs() for node in graph for value in node.outputs}
+    return (name for count in itertools.count() if (name := f"onnxq.val.{count}") not in taken)
 
 
 class RemoveDeadPass(ir.passes.InPlacePass):

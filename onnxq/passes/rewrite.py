@@ -11,25 +11,30 @@ Rules (cited in the code):
 4. Sites of other float types than float32 compute in float32 between two Casts: the ops have float32 activations.
 5. A stack of B weights becomes B products, joined again; the input's rank and its batch axis must be known.
 6. Sites in model-local functions can't see the main graph's initializers: inline the functions first.
+7. A rounding of activations stands right in front of the product, behind what rules 1 and 4 put there, so that a scale
+   for each token is one for each row that is summed over. Products of one input share it. Integers stand as a pair of
+   QuantizeLinear and DequantizeLinear only where the form is made for it: see `onnxq.passes.activations`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from onnxq import ops
-from onnxq.graph.rewrite_utils import RemoveDeadPass
+from onnxq.calibration.clipping import FLOAT8
+from onnxq.graph.rewrite_utils import RemoveDeadPass, fresh_names
 from onnxq.graph.sites import Site
 from onnxq.graph.tensors import is_bias
 from onnxq.graph.weights import Weight
+from onnxq.passes.activations import ROUNDING, Rounding, round_activation
 from onnxq.passes.forms.base import StoredWeight, constant
 from onnxq.passes.forms.framed import TRANSFORM_PROPERTY
+from onnxq.passes.forms.int8 import Int8StaticForm
 from onnxq.passes.share import ShareTransformsPass
 
 WEIGHT_PROPERTY = "onnxq.weight"
@@ -37,14 +42,22 @@ WEIGHT_PROPERTY = "onnxq.weight"
 
 _FUNCTION_IR_VERSION = 8
 _IR_VERSION_OF_BITS = {4: 10, 2: 13}
+_IR_VERSION_OF_FLOAT8 = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A weight and what stands for it: one stored weight, or one for each member of a stack."""
+    """A weight and what stands for it: one stored weight, or one for each member of a stack.
+
+    Attributes:
+        weight: in the model that is rewritten.
+        parts: its stored form.
+        rounding: of the activations in front of its products; None leaves them as they are.
+    """
 
     weight: Weight
     parts: tuple[StoredWeight, ...]
+    rounding: Rounding | None = None
 
 
 def site_refusal(site: Site, weight: Weight) -> str | None:
@@ -77,10 +90,13 @@ class RewriteSitesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the module's docstring."""
         needed: set[str] = set()
-        names = _fresh_names(model)
+        names = fresh_names(model)
         opset = model.graph.opset_imports[""]
         for assignment in self._assignments:
             kinds = {site.kind for site in assignment.weight.sites}
+            if assignment.rounding is not None and "linear" in kinds:
+                assignment.rounding.check_opset(opset)
+                needed.update(assignment.rounding.functions())
             for part in assignment.parts:
                 for value in part.tensors.values():
                     if value.name not in model.graph.initializers:  # weights share some
@@ -88,19 +104,19 @@ class RewriteSitesPass(ir.passes.InPlacePass):
                 needed.update(part.form.functions(part, linear="linear" in kinds, table="table" in kinds))
             for site in assignment.weight.sites:
                 _rewrite(site, assignment, names)
-        for op_type in sorted(needed):
-            for function in ops.functions_for(op_type, opset):
-                model.functions.setdefault(function.identifier(), function)
-        _declare(model, bool(needed))
+        carry_functions(model, needed)
         ShareTransformsPass()(model)
         RemoveDeadPass()(model)
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # onnx_ir leaves its __init__ untyped
         return ir.passes.PassResult(model, bool(self._assignments))
 
 
-def _declare(model: ir.Model, functions: bool) -> None:
-    """Imports the domains that the new nodes use and raises the IR version to what they need."""
-    if functions:
+def carry_functions(model: ir.Model, op_types: Collection[str]) -> None:
+    """Adds the bodies of ops, imports the domains of new nodes and raises the IR version to what their types need."""
+    for op_type in sorted(op_types):
+        for function in ops.functions_for(op_type, model.graph.opset_imports[""]):
+            model.functions.setdefault(function.identifier(), function)
+    if op_types:
         model.ir_version = max(model.ir_version, _FUNCTION_IR_VERSION)
     for graph in model.graphs():
         for node in graph:
@@ -108,15 +124,19 @@ def _declare(model: ir.Model, functions: bool) -> None:
                 model.graph.opset_imports[ops.DOMAIN] = ops.OPSET_VERSION
             elif node.domain == "com.microsoft":
                 model.graph.opset_imports.setdefault("com.microsoft", 1)
+            for value in node.outputs:
+                model.ir_version = max(model.ir_version, _ir_version(value.dtype))
         for value in graph.initializers.values():
-            bits = value.dtype.bitwidth if value.dtype is not None else 8
-            model.ir_version = max(model.ir_version, _IR_VERSION_OF_BITS.get(bits, 0))
+            model.ir_version = max(model.ir_version, _ir_version(value.dtype))
 
 
-def _fresh_names(model: ir.Model) -> Iterator[str]:
-    """Names for values that no graph has: left to itself each graph would count from the start, and branches shadow."""
-    taken = {value.name for graph in model.graphs() for node in graph for value in node.outputs}
-    return (name for count in itertools.count() if (name := f"onnxq.val.{count}") not in taken)
+def _ir_version(dtype: ir.DataType | None) -> int:
+    if dtype is None:
+        return 0
+    if dtype.name.startswith("FLOAT8"):
+        return _IR_VERSION_OF_FLOAT8
+    unsized = dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED)
+    return 0 if unsized else _IR_VERSION_OF_BITS.get(dtype.bitwidth, 0)
 
 
 def _rewrite(site: Site, assignment: Assignment, names: Iterator[str]) -> None:
@@ -134,6 +154,7 @@ def _rewrite(site: Site, assignment: Assignment, names: Iterator[str]) -> None:
             value.name = value.name or next(names)
         if site_name:
             product = node is result.producer() or node.domain in (ops.DOMAIN, "com.microsoft")
+            product = product and node.metadata_props.get(TRANSFORM_PROPERTY) != ROUNDING
             node.name = site_name if product else None
     _make_names_unique(tape.nodes, site_name)
     old = replaced[-1].outputs[0]
@@ -186,6 +207,10 @@ def _linear(tape: ir.tape.Tape, site: Site, assignment: Assignment) -> tuple[ir.
 
 
 def _product(tape: ir.tape.Tape, x: ir.Value, assignment: Assignment, bias: ir.Value | None) -> ir.Value:
+    rounding = assignment.rounding
+    if rounding is not None:  # Rule 7
+        paired = rounding.kind in FLOAT8 or all(isinstance(part.form, Int8StaticForm) for part in assignment.parts)
+        x = round_activation(tape, x, rounding if paired else dataclasses.replace(rounding, stock=False))
     if len(assignment.parts) == 1:
         (part,) = assignment.parts
         return part.form.linear(tape, x, part, bias)

@@ -32,6 +32,8 @@ class WeightRecord:
         proxy_loss: tr(dW H dW^T) / tr(W H W^T), the expected relative output error; None without calibration.
         note: what else the reader should know, such as why a stock form was not possible.
         seconds: time to solve it.
+        snr: signal-to-noise ratio of its products on a sample of their inputs, in dB, with what is done to inputs;
+            None where it was not measured.
     """
 
     name: str
@@ -47,6 +49,7 @@ class WeightRecord:
     proxy_loss: float | None
     note: str
     seconds: float
+    snr: float | None = None
 
     @property
     def bits_per_weight(self) -> float:

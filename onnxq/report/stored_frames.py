@@ -39,7 +39,7 @@ def around(reader: ir.Node, kind: str, n: int, k: int, decode: Decode | None) ->
         return n, _size(after, k), _remark(rows), framed
     product = _product(reader)
     before = None if product is None or product.inputs[0] is None else product.inputs[0].producer()
-    if product is None or before is None or TRANSFORM_PROPERTY not in before.metadata_props:
+    if product is None or before is None or before.metadata_props.get(TRANSFORM_PROPERTY) != "analysis":
         return n, k, "", decode
     after = _synthesis_behind(product.outputs[0])
     inputs, outputs = _frame(before), None if after is None else _frame(after)
