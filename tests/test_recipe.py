@@ -12,9 +12,12 @@ from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.framed import FramedFormat
 from onnxq.formats.uniform import UniformFormat, ZeroPoint
 from onnxq.recipe import (
+    ActivationSpec,
     AllocationSpec,
+    BinarySpec,
     CalibrationSpec,
     DistillationSpec,
+    Float8Spec,
     FrameSpec,
     GridSpec,
     LinearPlan,
@@ -52,9 +55,25 @@ MIXED = Recipe(
     linear=LinearPlan(mixed=MixedSpec(64)),
     alternatives=(LinearPlan(GridSpec(2)),),
 )
+ROUNDED = Recipe(
+    "rounded",
+    "Codes of other kinds, and rounded inputs.",
+    linear=LinearPlan(
+        float8=Float8Spec("e5m2", 32, powers_of_two=True, or_grid=True),
+        inputs=ActivationSpec("int8", "static", "percentile", 99.0, powers_of_two=True, attention=True),
+        min_snr=20.0,
+    ),
+    tables=TablePlan(float8=Float8Spec()),
+)
+BINARY = Recipe(
+    "signs",
+    "Planes of signs, and inputs by token.",
+    linear=LinearPlan(binary=BinarySpec(2, 64, True), inputs=ActivationSpec(scale="token")),
+    tables=TablePlan(binary=BinarySpec()),
+)
 
 
-@pytest.mark.parametrize("recipe", [FULL, MIXED, *presets().values()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [FULL, MIXED, ROUNDED, BINARY, *presets().values()], ids=lambda recipe: recipe.name)
 def test_yaml_brings_back_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     path = tmp_path / "recipe.yaml"
@@ -78,8 +97,8 @@ def test_every_field_of_the_full_recipes_is_somewhere_not_at_its_default() -> No
             missing[key] = missing.get(key, True) and not differs
             look(getattr(value, field.name))
 
-    look(FULL)
-    look(MIXED)
+    for recipe in (FULL, MIXED, ROUNDED, BINARY):
+        look(recipe)
     assert [key for key, never in missing.items() if never] == []
     assert "GridSpec.window" in missing
     assert "FrameSpec.output_redundancy" in missing
@@ -112,10 +131,10 @@ def test_a_whole_number_is_a_number() -> None:
         ("linear: {grid: {bits: 0}}", "bits is 0; it must be 1 to 8"),
         ("linear: {grid: {bits: '4'}}", r"grid\.bits must be a whole number, not '4'"),
         ("linear: {grid: {bits: true}}", r"grid\.bits must be a whole number, not True"),
-        ("linear: {grid: {group_size: 33}}", "group_size is 33; it must be a multiple of 32, or"),
+        ("linear: {grid: {group_size: 33}}", 'group_size is 33; it must be a multiple of 32, "column" or "weight"'),
         (
             "linear: {grid: {group_size: colum}}",
-            r"group_size is 'colum'; it must be a whole number or 'column'",
+            r"group_size is 'colum'; it must be a whole number or 'column' or 'weight'",
         ),
         ("linear: {grid: {zero_point: mid-rise}}", r"zero_point is 'mid-rise'.*Did you mean 'midrise'\?"),
         ("linear: {solver: {name: gptq}}", "name is 'gptq'; it must be one of error-feedback, nearest"),
@@ -128,7 +147,7 @@ def test_a_whole_number_is_a_number() -> None:
         ("linear: {frame: {redundancey: 1}}", r"linear\.frame has no key 'redundancey'. Did you mean 'redundancy'\?"),
         ("linear: {grid: {window: 7}}", "window is 7; it must be one of 2, 3, 4, 5, 6, or null"),
         ("linear: {mixed: {band: 8}}", "band is 8; it must be 32 or more"),
-        ("linear: {mixed: {}, frame: {}}", "a plan has a frame or mixed depths, not both"),
+        ("linear: {mixed: {}, frame: {}}", "a plan has one of frame, mixed, float8 and binary, not frame and mixed"),
         ("linear: {mixed: {}}\ntarget: stock", 'target is "stock", which has no mixed depths'),
         ("linear: {solver: {levels: minmax}}", r"levels is 'minmax'.*Did you mean 'min-max'\?"),
         ("linear: {solver: {levels: two-sigma}}", "levels 'two-sigma' need a grid of group_size \"column\""),

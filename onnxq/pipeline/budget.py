@@ -15,7 +15,9 @@ import onnx_ir as ir
 from onnxq import ops
 from onnxq.allocation.budget import Point, allocate, cheapest
 from onnxq.errors import BudgetError, RecipeError
+from onnxq.formats.binary import BinaryFormat
 from onnxq.formats.codebook import CodebookFormat
+from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.mixed import MixedFormat
 from onnxq.frames import Frame
@@ -231,6 +233,13 @@ def _op_types(plan: Plan) -> list[str]:
             found.add("CodebookMatMul")
         if isinstance(inner, MixedFormat):
             found.add("MixedBitMatMul")
+        if isinstance(inner, BinaryFormat):
+            found |= {"BinaryCodeMatMul", "MixedBitGather"}
+        if isinstance(inner, Float8Format):
+            found |= {"Float8MatMul", "Float8Gather"}
+    for inputs in (item.recipe.linear.inputs for item in plan.planned):
+        if inputs is not None and inputs.kind != "int8":
+            found.add("Float8RoundTokens" if inputs.scale == "token" else "Float8Round")
     return sorted(found)
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from onnxq.allocation.budget import Point
+from onnxq.formats.binary import BinaryFormat
+from onnxq.formats.float8 import Float8Format
 from onnxq.formats.mixed import MixedFormat
 from onnxq.pipeline.plan import Planned
 
-_VERSION = 1
+_VERSION = 2
 """Curves of another version of their measurement are not taken up again."""
 _MOST_FILES = 32
 
@@ -98,7 +100,9 @@ def _stored(item: Planned, points: Sequence[Point[Planned]], place: int) -> dict
         if isinstance(format, MixedFormat):
             depths.append(format.by_band())
             order = format.order
-        else:
+        elif isinstance(format, BinaryFormat):
+            width = len(format.planes)
+        elif not isinstance(format, Float8Format):
             width = format.bits
         rows.append([point.bits, point.loss, recipes.index(point.choice.recipe.linear), width])
     arrays = {f"points.{place}": np.array(rows, np.float64)}

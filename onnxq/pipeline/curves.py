@@ -7,7 +7,8 @@ Measured with nearest rounding on evenly spaced rows of each weight; prices are 
 2. for a weight that no gradient reached: its relative error as below, times what dropping a weight does in the median;
 3. divided by what error feedback gains at the weight over nearest rounding (`onnxq.pipeline.feedback`), if that is how
    it will be solved: its errors cancel, as those of tables don't;
-4. without sensitivities: the squared error over the squares, inputs weighed by their mean squares where there are any.
+4. without sensitivities: the squared error over the squares, inputs weighed by their mean squares where there are any;
+5. with sensitivities, times what a few weights that are solved for trial say (`onnxq.pipeline.trials`).
 
 Mixed depths have curves of their own, in the same unit (`onnxq.pipeline.mixed`).
 """
@@ -25,6 +26,7 @@ from onnxq.allocation.budget import Point
 from onnxq.calibration import InputStatistics
 from onnxq.calibration.statistics import Level
 from onnxq.formats.files import AnyFormat
+from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.uniform import UniformFormat
 from onnxq.frames import Frame
@@ -34,6 +36,7 @@ from onnxq.pipeline.mixed import mixed_curves
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.solve import encode
 from onnxq.pipeline.stages import Halves, Stages
+from onnxq.pipeline.trials import Trials, picked
 from onnxq.progress import Progress
 from onnxq.recipe import SolverSpec
 from onnxq.sensitivity import Sensitivities, WeightSensitivity
@@ -41,8 +44,6 @@ from onnxq.sensitivity import Sensitivities, WeightSensitivity
 Curve = list[Point[Planned]]
 """A point stands for the plan that leads to it."""
 
-WIDTHS = tuple(range(1, 9))
-_STOCK_WIDTHS = (2, 4, 8)
 _CURVE_ROWS = 256
 """Rows of a weight that its curve is measured on."""
 
@@ -65,6 +66,7 @@ def measure_curves(
     """The curve of every weight, by name: the points of its plan and of its alternatives."""
     curves: dict[str, Curve] = {}
     dropped: dict[str, float] = {}
+    trials, tried = Trials(sensitivities), picked(items, sensitivities)
     for portion, halves in stages.by_halves(items, _level):
         progress.start("measuring rate and error", len(portion))
         costs = _Costs(halves)
@@ -83,7 +85,10 @@ def measure_curves(
                     continue
                 gain = _feedback_gain(option, sample, costs)
                 curves[name] += [dataclasses.replace(p, loss=p.loss / gain) for p in _curve(option, sample)]
+            if name in tried:
+                trials.add(item, curves[name], halves.of(item.weight))
             progress.advance(1, name)
+    curves = {name: trials.corrected(curve) for name, curve in curves.items()}
     typical_drop = float(np.median(list(dropped.values()))) if dropped else 1.0
     for name in curves.keys() - dropped.keys():
         curves[name] = [dataclasses.replace(point, loss=typical_drop * point.loss) for point in curves[name]]
@@ -148,12 +153,12 @@ class _Sample:
 def _curve(item: Planned, sample: _Sample) -> Curve:
     weight, stock = item.weight, item.recipe.target == "stock"
     points = []
-    for bits in _STOCK_WIDTHS if stock else WIDTHS:
+    for bits in item.widths:
         formats = item.formats_at(bits)
         loss = min(sample.loss(sample.rows - _rounded(sample, format)) for format in formats)
-        cost = weight.batch * formats[0].cost_bits(weight.n, weight.k)
+        cost = weight.batch * max(format.cost_bits(weight.n, weight.k) for format in formats)
         if stock:
-            cost = max(cost, weight.batch * _stock_cost(formats[0], weight.n, weight.k))
+            cost = max(cost, weight.batch * max(_stock_cost(format, weight.n, weight.k) for format in formats))
         points.append(Point(cost, loss, dataclasses.replace(item, formats=formats)))
     return points
 
@@ -166,7 +171,7 @@ def _feedback_gain(item: Planned, sample: _Sample, costs: _Costs) -> float:
     """By how much error feedback lowers the loss of nearest rounding; 1 where it does not run."""
     if item.solver.name == "nearest":
         return 1.0
-    format = item.formats_at(_FEEDBACK_BITS)[0]
+    format = item.formats_at(min(item.widths, key=lambda bits: abs(bits - _FEEDBACK_BITS)))[0]
     if isinstance(format, FramedFormat):
         frame = frames_of(format, item.weight.n, item.weight.k)[0]
         found = costs.of(item, frame)
@@ -180,5 +185,7 @@ def _feedback_gain(item: Planned, sample: _Sample, costs: _Costs) -> float:
 def _stock_cost(format: AnyFormat, n: int, k: int) -> int:
     if isinstance(format, FramedFormat):
         return _stock_cost(format.inner, *format.coefficients(n, k))
+    if isinstance(format, Float8Format):  # scales in float32
+        return format.cost_bits(n, k) + 16 * n * format.groups(k)
     assert isinstance(format, UniformFormat), "recipes for stock ONNX Runtime have uniform grids"
     return stock_cost_bits(format, n, k)

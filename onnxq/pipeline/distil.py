@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.calibration import CalibrationData
+from onnxq.formats.binary import BinaryEncoding
 from onnxq.formats.codebook import CodebookEncoding
 from onnxq.formats.files import AnyEncoding
+from onnxq.formats.float8 import Float8Encoding
 from onnxq.formats.framed import FramedEncoding
 from onnxq.formats.mixed import MixedEncoding
 from onnxq.formats.uniform import UniformEncoding, round_scales
@@ -89,6 +91,7 @@ def _part(encoding: AnyEncoding) -> Part:
 
     if isinstance(encoding, MixedEncoding):
         return _mixed_part(encoding)
+    assert not isinstance(encoding, (Float8Encoding, BinaryEncoding)), "recipes distil no such codes"
     inner = uniform_part(_as_uniform(encoding))
     if not isinstance(encoding, FramedEncoding):
         return inner
@@ -161,6 +164,7 @@ def _with_scales(item: Planned, found: Solved, scales: tuple[np.ndarray, ...] | 
             inner = replaced(encoding.inner, values)
             assert isinstance(inner, (UniformEncoding, CodebookEncoding))
             return dataclasses.replace(encoding, inner=inner)
+        assert not isinstance(encoding, (Float8Encoding, BinaryEncoding)), "recipes distil no such codes"
         return dataclasses.replace(encoding, scales=with_scales(_as_uniform(encoding), values).scales)
 
     encodings = tuple(replaced(encoding, own) for encoding, own in zip(found.encodings, scales, strict=True))

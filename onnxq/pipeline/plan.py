@@ -9,18 +9,21 @@ import numpy as np
 
 from onnxq.calibration.statistics import Level
 from onnxq.formats import packing
+from onnxq.formats.binary import MOST_PLANES, BinaryFormat
 from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.files import AnyFormat
+from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.mixed import LARGEST_INPUTS, MixedFormat
 from onnxq.frames import Frame
 from onnxq.graph import SiteReport, Weight
 from onnxq.passes.forms.kernel import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS
 from onnxq.passes.rewrite import site_refusal
-from onnxq.recipe import GridSpec, Recipe, SolverSpec
+from onnxq.recipe import BinarySpec, Float8Spec, GridSpec, LinearPlan, Recipe, SolverSpec, TablePlan
 from onnxq.report.records import KeptRecord
 from onnxq.solvers.mixed import bands_of
 
+_STOCK_WIDTHS = (2, 4, 8)
 _FEWEST_OUTPUTS = 128
 """Of mixed depths: their trellises go through tiles of 32, and in fewer than 4 they gain nothing."""
 _UNMIXED = (
@@ -35,7 +38,7 @@ class Planned:
 
     Attributes:
         weight: where it is.
-        formats: how it may be stored, all at one price; the one with the least loss is kept.
+        formats: how it may be stored, all at about one price; the one with the least loss is kept.
         solver: what will choose the codes.
         grid: what the recipe asked for.
         recipe: what was applied to it: the run's, without the frame for a weight that is in its frame already.
@@ -66,10 +69,25 @@ class Planned:
     @property
     def cost_bits(self) -> int:
         """Exact price of the whole stack, in bits."""
-        return self.weight.batch * self.formats[0].cost_bits(self.weight.n, self.weight.k)
+        return self.weight.batch * max(format.cost_bits(self.weight.n, self.weight.k) for format in self.formats)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that its formats have; of depths that are mixed, those that a block may have."""
+        if isinstance(self.formats[0], Float8Format):
+            return (8,)
+        if isinstance(self.formats[0], BinaryFormat):
+            return tuple(range(1, MOST_PLANES + 1))
+        return _STOCK_WIDTHS if self.recipe.target == "stock" else tuple(range(1, 9))
 
     def formats_at(self, bits: int) -> tuple[AnyFormat, ...]:
-        """How it may be stored at another width, all at one price."""
+        """How it may be stored at one of its widths, all at one price."""
+        if isinstance(self.formats[0], Float8Format):
+            return self.formats
+        if isinstance(self.formats[0], BinaryFormat):
+            spec = _codes(self.recipe.linear if "linear" in self.weight.kinds else self.recipe.tables)
+            assert isinstance(spec, BinarySpec), "binary formats come from such a specification"
+            return (spec.format(self.weight.n, bits),)
         return _formats(self.weight, self.recipe, dataclasses.replace(self.grid, bits=bits))
 
     @property
@@ -162,8 +180,11 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
     grid = recipe.linear.grid if linear else recipe.tables.grid
     if rule is not None:
         grid = rule.grid
+    codes = None if rule is not None else _codes(recipe.linear if linear else recipe.tables)
     if grid is None:
-        return "a table, and the recipe leaves tables alone"
+        if codes is None:
+            return "a table, and the recipe leaves tables alone"
+        grid = GridSpec(8)
     solver = recipe.linear.solver
     if not calibrated or not linear:
         # How often a row is looked up scales its whole error and moves no optimum: nearest is right for tables.
@@ -172,9 +193,9 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
         recipe.linear.require_levels(grid, "the recipe's grid" if rule is None else f"the rule {rule.match!r}")
     else:
         solver = dataclasses.replace(solver, levels="search")
-    level = INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
+    level = _accuracy_level(recipe)
     mixed = rule is None and _mixes(weight, recipe)
-    formats = _flat(weight, recipe) if mixed else _formats(weight, recipe, grid)
+    formats = _flat(weight, recipe) if mixed else _formats(weight, recipe, grid, codes)
     remarks = _remarks(weight, formats, grid)
     if linear and rule is None and recipe.linear.mixed is not None and not mixed:
         remarks.append(f"one depth: {_UNMIXED}")
@@ -218,9 +239,29 @@ def is_planned(weight: Weight, recipe: Recipe) -> bool:
     return isinstance(_decide(weight, recipe, False, weight.name), Planned)
 
 
-def _formats(weight: Weight, recipe: Recipe, grid: GridSpec) -> tuple[AnyFormat, ...]:
-    """How a weight may be stored on a grid under a recipe, all at one price."""
-    return recipe.formats(grid, products="linear" in weight.kinds, look_ups="table" in weight.kinds)
+def _formats(
+    weight: Weight, recipe: Recipe, grid: GridSpec, codes: Float8Spec | BinarySpec | None = None
+) -> tuple[AnyFormat, ...]:
+    """How a weight may be stored on a grid under a recipe, all at one price; or in other codes."""
+    if isinstance(codes, BinarySpec):
+        return (codes.format(weight.n, codes.planes),)
+    if codes is not None and not codes.or_grid:
+        return (codes.format,)
+    formats = recipe.formats(grid, products="linear" in weight.kinds, look_ups="table" in weight.kinds)
+    return formats if codes is None else (codes.format, *formats)
+
+
+def _codes(plan: LinearPlan | TablePlan) -> Float8Spec | BinarySpec | None:
+    """What a plan has in place of its grid."""
+    return plan.float8 if plan.binary is None else plan.binary
+
+
+def _accuracy_level(recipe: Recipe) -> int:
+    """Activations of the kernels: those that were rounded in front of a product are taken as they are."""
+    inputs = recipe.linear.inputs
+    if inputs is not None:
+        return INT8_ACTIVATIONS if inputs.scale == "dynamic" else FLOAT_ACTIVATIONS
+    return INT8_ACTIVATIONS if recipe.linear.activations == "int8" else FLOAT_ACTIVATIONS
 
 
 def _remarks(weight: Weight, formats: tuple[AnyFormat, ...], grid: GridSpec) -> list[str]:

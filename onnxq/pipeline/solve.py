@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from onnxq.calibration import Collected, InputStatistics
+from onnxq.formats.binary import BinaryFormat
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
 from onnxq.formats.files import AnyEncoding, AnyFormat
+from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of, into_frames
 from onnxq.formats.mixed import MixedFormat
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
@@ -19,8 +21,11 @@ from onnxq.graph import Weight
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.recipe import SolverSpec
+from onnxq.solvers.binary import BinaryFit, binary_codes
+from onnxq.solvers.binary_feedback import binary_feedback
 from onnxq.solvers.error_feedback import error_feedback
 from onnxq.solvers.factor import Factor, Order, factorise
+from onnxq.solvers.float8 import float8_feedback, float8_nearest
 from onnxq.solvers.grid import Grid, search_grid
 from onnxq.solvers.loss import relative_error, relative_proxy_loss
 from onnxq.solvers.mixed import mixed_feedback
@@ -149,6 +154,15 @@ def _encode(
         domain = domains.setdefault(None, _Domain(member, moment, importance, spec))
         if isinstance(format, MixedFormat):
             return mixed_feedback(member, format, None if moment is None else domain.factor, refit=spec.refit)
+        if isinstance(format, Float8Format):
+            if domain.moment is None:
+                return float8_nearest(member, format, importance)
+            return float8_feedback(member, format, domain.factor)
+        if isinstance(format, BinaryFormat):
+            fit = BinaryFit.GREEDY if spec.levels == "greedy" else BinaryFit.ALTERNATING
+            if domain.moment is None:
+                return binary_codes(member, format, importance, fit=fit)
+            return binary_feedback(member, format, domain.factor)
         return _encode_plain(domain, format)
     inputs, outputs = frames_of(format, *member.shape)
     key = (inputs.key, None if outputs is None else outputs.key)
@@ -171,10 +185,12 @@ def _encode_plain(domain: _Domain, format: UniformFormat | CodebookFormat) -> Un
         spread = best_spread(weight, format, factor)
         return trellis_feedback(weight, format, factor, spread=spread, refit=spec.refit, sweeps=spec.sweeps)
     grid, weight = _grid_by_rule(weight, format, spec)
-    if grid is None and spec.order == "activation":  # in natural order grids are found on the way
+    if grid is None and (spec.order == "activation" or format.one_scale):  # in natural order grids are found on the way
         spread = best_spread(weight, format, factor)
         grid = widened(search_grid(weight, format, factor.importance()), spread)
-    return error_feedback(weight, format, factor, grid=grid, refit=spec.refit, sweeps=spec.sweeps)
+    # Fitting steps row by row would part those that are one.
+    refit = spec.refit and not format.one_scale
+    return error_feedback(weight, format, factor, grid=grid, refit=refit, sweeps=spec.sweeps)
 
 
 def _grid_by_rule(weight: np.ndarray, format: UniformFormat, spec: SolverSpec) -> tuple[Grid | None, np.ndarray]:

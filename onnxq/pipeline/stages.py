@@ -67,10 +67,10 @@ class Stages:
         portion: list[Planned] = []
         for item in items:
             if portion and statistics_bytes(_requests([*portion, item], levels)) > STATISTICS_BYTES:
-                yield portion, self._collect(_requests(portion, levels))
+                yield portion, self.collect(_requests(portion, levels))
                 portion = []
             portion.append(item)
-        yield portion, self._collect(_requests(portion, levels))
+        yield portion, self.collect(_requests(portion, levels))
 
     def by_halves(
         self, items: Sequence[Planned], level: Callable[[Planned], Level]
@@ -85,7 +85,8 @@ class Stages:
         for (portion, one), (_, other) in zip(first.portions(items, level), second.portions(items, level), strict=True):
             yield portion, Halves(one, other)
 
-    def _collect(self, requests: list[TapRequest]) -> Collected | None:
+    def collect(self, requests: list[TapRequest]) -> Collected | None:
+        """One pass over the data, or several where taps are large; None where nothing is asked for."""
         assert self.data is not None
         if all(request.level == "none" for request in requests):
             return None

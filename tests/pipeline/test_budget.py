@@ -103,21 +103,21 @@ def test_an_interrupted_run_keeps_its_sensitivities(
     source: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
-    from onnxq.pipeline import run
+    from onnxq.pipeline import write
     from onnxq.sensitivity import gradients
 
     backward, seen = gradients._Measurement._backward, []
     monkeypatch.setattr(gradients._Measurement, "_backward", lambda *a: (seen.append(1), backward(*a)))
-    solve = run.solve_weight
+    solve = write.solve_weight
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "solve_weight", interrupt)
+    monkeypatch.setattr(write, "solve_weight", interrupt)
     with pytest.raises(KeyboardInterrupt):
         written(source, tmp_path / "s.onnx", GRADIENT, data)
     assert len(seen) == 1
-    monkeypatch.setattr(run, "solve_weight", solve)
+    monkeypatch.setattr(write, "solve_weight", solve)
     report = written(source, tmp_path / "s.onnx", GRADIENT, data)
     assert len(seen) == 1
     assert report.budget

@@ -11,7 +11,7 @@ import pytest
 
 import onnxq
 from onnxq.errors import CalibrationError
-from onnxq.pipeline import run as pipeline
+from onnxq.pipeline import write as pipeline
 from onnxq.recipe import DistillationSpec, FrameSpec, GridSpec, Recipe
 from onnxq.report.records import QuantizeReport
 from tests.graph import models

@@ -15,7 +15,7 @@ import onnxq
 from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.framed import FramedFormat
 from onnxq.formats.uniform import UniformFormat, ZeroPoint
-from onnxq.pipeline import run as pipeline
+from onnxq.pipeline import write as pipeline
 from onnxq.recipe import FrameSpec, GridSpec, Recipe, Rule
 from onnxq.report.inspect import inspect_model
 from onnxq.report.records import QuantizeReport

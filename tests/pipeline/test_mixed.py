@@ -15,6 +15,7 @@ from onnxq.errors import BudgetError, ModelError, RecipeError
 from onnxq.formats.mixed import MixedFormat
 from onnxq.pipeline import run as pipeline
 from onnxq.pipeline import sensitivity as weighing
+from onnxq.pipeline import write
 from onnxq.recipe import AllocationSpec, DistillationSpec, MixedSpec, Recipe, Rule
 from onnxq.report.inspect import inspect_model
 from onnxq.report.records import QuantizeReport
@@ -126,6 +127,7 @@ class TestSeveralPlans:
                 *(
                     (str(index), dataclasses.replace(chosen, linear=plan, alternatives=()))
                     for index, plan in enumerate((chosen.linear, *chosen.alternatives))
+                    if plan.float8 is None  # of one width
                 ),
             )
         }
@@ -151,7 +153,7 @@ class TestLargestError:
         for report, error in zip(reports, (0.3, 0.1), strict=True):
             (budget,) = report.budget
             assert (budget.what, budget.asked) == ("max_error", error)
-            assert budget.floor < 0.9 * error < budget.got <= error
+            assert budget.floor < 0.85 * error < budget.got <= error
             assert report.check is not None
             assert 0.4 * error < report.check.relative_errors["y"] < 1.6 * error
         assert reports[0].bytes < reports[1].bytes
@@ -245,13 +247,13 @@ def test_distillation_trains_the_scales_of_outputs(source: Path, tmp_path: Path)
 
 
 def test_the_format_is_the_one_that_was_planned(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve, seen = pipeline.solve_weight, []
+    solve, seen = write.solve_weight, []
 
     def note(planned: Any, *rest: Any) -> Any:
         seen.append((planned, solve(planned, *rest)))
         return seen[-1][1]
 
-    monkeypatch.setattr(pipeline, "solve_weight", note)
+    monkeypatch.setattr(write, "solve_weight", note)
     quantize(source, tmp_path / "out.onnx", recipe(), bits=2.5)
     for planned, solved in seen:
         assert isinstance(planned.formats[0], MixedFormat)

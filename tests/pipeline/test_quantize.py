@@ -13,7 +13,7 @@ import pytest
 import onnxq
 from onnxq import recipe as recipes
 from onnxq.errors import BudgetError, CalibrationError, ModelError, OnnxqError, OutputExistsError, RecipeError
-from onnxq.pipeline import run as pipeline
+from onnxq.pipeline import write as pipeline
 from onnxq.report.records import REPORT_PROPERTY, QuantizeReport
 from tests.encodings import relative_error
 from tests.graph import models
