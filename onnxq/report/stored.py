@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import ops
+from onnxq.formats.binary import BinaryEncoding, BinaryFormat, PackedBinary
 from onnxq.formats.codebook import CodebookEncoding, CodebookFormat
 from onnxq.formats.float8 import Float8Encoding, Float8Format, Float8Kind
 from onnxq.formats.mixed import MixedEncoding, MixedFormat, PackedMixed, steps, tables
@@ -214,6 +215,24 @@ def _describe_float8(node: ir.Node) -> _Found:
     return _Found(n, k, 8, format.label(), reader, decode)
 
 
+def _describe_binary(node: ir.Node) -> _Found:
+    k, group = node.attributes.get_int("K", 0), node.attributes.get_int("group_size", 0)
+    planes, gain = tuple(node.attributes.get_ints("plane_rows", ())), node.attributes.get_float("gain", 1.0)
+    arrays = PackedBinary(*(_array(value) for value in node.inputs[1:5]))
+    reader = "table" if node.op_type == "MixedBitGather" else "linear"
+    # Only several values can be offsets and ranks: a row has a tile of its own.
+    offset, ordered = arrays.offsets.size > 1, arrays.rank.size > 1
+    try:
+        format = BinaryFormat(planes, None if group >= k else group, offset, ordered)
+    except ValueError:
+        return _Found(node.attributes.get_int("N", 0), k, len(planes), "binary codes", reader, None)
+
+    def decode() -> np.ndarray:
+        return BinaryEncoding.unpack(arrays, format, k, gain).dequantize()
+
+    return _Found(planes[0], k, format.mean_planes(), format.label(), reader, decode)
+
+
 def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
     """Bytes [..., B] of low-first fields to codes [..., B * 8 / bits]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -334,6 +353,8 @@ _READERS: Mapping[tuple[str, str], tuple[tuple[int, ...], _Describe]] = {
     (ops.DOMAIN, "MixedBitMatMul"): ((1, 2, 3, 4), _describe_mixed),  # they share orders too
     (ops.DOMAIN, "Float8MatMul"): ((1, 2), _describe_float8),
     (ops.DOMAIN, "Float8Gather"): ((1, 2), _describe_float8),
+    (ops.DOMAIN, "BinaryCodeMatMul"): ((1, 2, 3, 4), _describe_binary),
+    (ops.DOMAIN, "MixedBitGather"): ((1, 2, 3, 4), _describe_binary),
     ("com.microsoft", "MatMulNBits"): ((1, 2, 3), _describe_nbits),
     ("com.microsoft", "GatherBlockQuantized"): ((0, 2, 3), _describe_rows),
     ("", "DequantizeLinear"): ((0, 1, 2), _describe_dequantize),

@@ -67,7 +67,7 @@ _BRANCH = (
     "ONNX Runtime can't fuse a DequantizeLinear in a branch whose weight is in the outer graph: store it as "
     "MatMulNBits, or use `onnxq quantize --target kernel`."
 )
-_OUR_OPS = "LowBit|Codebook|Mixed|Float8|Frame"
+_OUR_OPS = "LowBit|Codebook|Mixed|Float8|Binary|Frame"
 _REFUSALS = (
     (r"nbits_ == 2 \|\| nbits_ == 4 \|\| nbits_ == 8", _WIDTHS),
     (

@@ -123,7 +123,7 @@ def _try_kernel(subject: Subject) -> Decision | None:
     node = subject.node
     if node.domain != ops.DOMAIN:
         return None
-    if node.op_type in ("LowBitGather", "Float8Gather"):
+    if node.op_type in ("LowBitGather", "Float8Gather", "MixedBitGather"):
         return Decision(Verdict.FAST, "kernel, rows decoded as they are looked up")
     if node.op_type.startswith("Frame"):
         return Decision(Verdict.FAST, "kernel, a transform of activations")
