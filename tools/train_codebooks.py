@@ -1,9 +1,11 @@
-"""Trains the tables of onnxq/formats/tables.py: levels of trellis codes for a standard Gaussian.
+"""Trains the tables of onnxq/formats/tables.py: levels of lone and trellis codes for a standard Gaussian.
 
     python -m tools.train_codebooks [--restarts 40] > onnxq/formats/tables.py
+    python -m tools.train_codebooks --lone          # prints those of lone codes: a second
 
-For every pair of bits and window: Lloyd iterations (assign samples by the Viterbi algorithm, move each level to the
-mean of its samples) from random starts, the best brought to the 7-bit grid. Seeded; about ten minutes on one core.
+A window wider than a code is a trellis: Lloyd iterations (assign samples by the Viterbi algorithm, move each level to
+the mean of its samples) from random starts, the best brought to the 7-bit grid. Seeded; about ten minutes on one core.
+A window of the code alone needs no samples: the iterations of Lloyd and Max have integrals for the Gaussian.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from onnxq.solvers.viterbi import open_path
 PAIRS = ((1, 4), (1, 6), (2, 2), (2, 4), (2, 6), (3, 3), (3, 4), (3, 6), (4, 4), (4, 6), (5, 5), (6, 6))
 STEPS, SEQUENCES, TEST_SEQUENCES = 64, 256, 4096
 SHORT_ROUNDS, LONG_ROUNDS, FINALISTS = 12, 60, 3
+LLOYD_MAX_ROUNDS, LONE_STEPS = 20_000, 3401
 MIDDLE, LARGEST = 63.5, 127
 
 
@@ -83,9 +86,42 @@ def train(trellis: Trellis, restarts: int) -> tuple[float, np.ndarray, float]:
     return step, entries, error
 
 
+def lloyd_max(count: int) -> np.ndarray:
+    """The levels of least mean squared error for a standard Gaussian, rising."""
+    levels: np.ndarray = norm.ppf((np.arange(count) + 0.5) / count)
+    for _ in range(LLOYD_MAX_ROUNDS):
+        mass, mean, _ = cells(levels)
+        levels = mean / mass
+    return levels
+
+
+def cells(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of what is nearest to each level: the integrals of 1, x and x^2 under a standard Gaussian."""
+    edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+    density = norm.pdf(edges)
+    tails = np.where(np.isfinite(edges), edges, 0) * density
+    mass = np.diff(norm.cdf(edges))
+    return mass, density[:-1] - density[1:], mass + tails[:-1] - tails[1:]
+
+
+def lone(bits: int) -> tuple[float, np.ndarray, float]:
+    """Step, entries and mean squared error of the best table without a trellis."""
+    levels = lloyd_max(1 << bits)
+    candidates = []
+    for share in np.linspace(0.85, 1.02, LONE_STEPS):
+        step = round(float(share * levels[-1] / MIDDLE), 6)
+        entries = on_grid(levels, step)
+        if len(np.unique(entries)) == len(entries):
+            chosen = (entries - MIDDLE) * step
+            mass, mean, square = cells(chosen)
+            candidates.append((float((square - 2 * chosen * mean + chosen**2 * mass).sum()), step, entries))
+    error, step, entries = min(candidates, key=lambda candidate: candidate[:2])
+    return step, entries, error
+
+
 HEAD = '''"""Tables of the codebook format, trained on a standard Gaussian by ``tools/train_codebooks.py``.
 
-Beside each: mean squared error on a standard Gaussian at the end of 64 steps, in the table's own units.
+Beside each: mean squared error on a standard Gaussian (of a trellis, at the end of 64 steps), in the table's own units.
 """
 
 from __future__ import annotations
@@ -116,10 +152,13 @@ GAUSSIAN_TABLES: dict[tuple[int, int], Table] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--restarts", type=int, default=40)
-    restarts = parser.parse_args().restarts
+    parser.add_argument("--lone", action="store_true", help="only tables of codes without a trellis")
+    arguments = parser.parse_args()
     parts = [HEAD]
     for bits, window in PAIRS:
-        step, entries, error = train(Trellis(bits, window), restarts)
+        if arguments.lone and window > bits:
+            continue
+        step, entries, error = lone(bits) if window == bits else train(Trellis(bits, window), arguments.restarts)
         print(f"{bits} bits, window {window}: {error:.4f}", file=sys.stderr, flush=True)
         numbers = textwrap.fill(", ".join(map(str, entries)), 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
         parts.append(f"    ({bits}, {window}): Table(\n        {step},\n        {error:.3g},\n        (\n")
