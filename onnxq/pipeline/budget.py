@@ -7,6 +7,7 @@ The curves are measured (`onnxq.pipeline.curves`), and one Lagrangian spends eac
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -31,6 +32,8 @@ from onnxq.report.records import BudgetRecord
 _GRAPH_BYTES_PER_WEIGHT = 1500
 _REPORT_BYTES_PER_KEPT = 200
 _ALIGNMENT = 64
+_TRIES = 8
+"""Allocations of one size: what is chosen decides what is left to spend."""
 _TABLE_BYTES = 512
 """Of the levels of mixed depths, which all weights share."""
 
@@ -121,27 +124,26 @@ def fit_budget(
         chosen = {name: point.choice for name, point in picks.items()}
         notes += measured.notes
         records.append(record)
-    for share in _shares(budget, plan, recipe, loaded):
+    for share in _shares(budget, plan):
         measured = curves_of(share.items)
         curves = measured.points
         notes += [note for note in measured.notes if note not in notes]
-        floor = share.told(sum(min(point.bits for point in curve) for curve in curves.values()))
-        picks = _allocate(curves, share, floor)
-        got = share.told(sum(point.bits for point in picks.values()))
-        records.append(dataclasses.replace(share.record, floor=floor, got=got))
+        spent = _spend(curves, share, functools.partial(_fixed_with, loaded, plan, stock=recipe.target == "stock"))
+        records.append(dataclasses.replace(share.record, floor=spent.floor, got=spent.got))
         if measured.kind != "layer":
-            notes.append(_expected(measured.kind, sum(point.loss for point in picks.values()), share.record.what))
-        chosen |= {name: point.choice for name, point in picks.items()}
+            loss = sum(point.loss for point in spent.picks.values())
+            notes.append(_expected(measured.kind, loss, share.record.what))
+        chosen |= {name: point.choice for name, point in spent.picks.items()}
     planned = tuple(chosen.get(item.weight.name, item) for item in plan.planned)
     return dataclasses.replace(plan, planned=planned, notes=tuple(notes)), tuple(records)
 
 
-def _shares(budget: Budget, plan: Plan, recipe: Recipe, loaded: LoadedModel) -> Iterator[_Share]:
+def _shares(budget: Budget, plan: Plan) -> Iterator[_Share]:
     linear = tuple(item for item in plan.planned if "linear" in item.weight.kinds)
     tables = tuple(item for item in plan.planned if "linear" not in item.weight.kinds)
     if budget.size is not None:
-        fixed = fixed_bytes(loaded, plan, stock=recipe.target == "stock")
-        yield _Share(BudgetRecord("size", budget.size), plan.planned, 8 * (budget.size - fixed), fixed, 8)
+        # What is not weights depends on what is chosen: see `_spend_size`.
+        yield _Share(BudgetRecord("size", budget.size), plan.planned, 8 * budget.size, 0, 8)
     for what, asked, items in (("bits", budget.bits, linear), ("table_bits", budget.table_bits, tables)):
         if asked is not None and items:
             elements = _elements(items)
@@ -181,17 +183,57 @@ def _expected(kind: str, loss: float, what: str) -> str:
     return f"expected of the outputs for the rounding of {of}: {named}"
 
 
-def _allocate(curves: Mapping[str, Sequence[Point[Planned]]], share: _Share, floor: float) -> dict[str, Point[Planned]]:
-    try:
-        return allocate(curves, share.bits)
-    except BudgetError as error:
-        if share.record.what != "size":
-            raise
+def _fixed_with(loaded: LoadedModel, plan: Plan, picks: Mapping[str, Point[Planned]], *, stock: bool) -> int:
+    """See `fixed_bytes`, of a plan that takes these formats."""
+    planned = tuple(picks[item.weight.name].choice for item in plan.planned)
+    return fixed_bytes(loaded, dataclasses.replace(plan, planned=planned), stock=stock)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spent:
+    """What a share was spent on, and in its record's unit the least possible and what it came to."""
+
+    picks: Mapping[str, Point[Planned]]
+    floor: float
+    got: float
+
+
+def _spend(
+    curves: Mapping[str, Sequence[Point[Planned]]],
+    share: _Share,
+    fixed_with: Callable[[Mapping[str, Point[Planned]]], int],
+) -> _Spent:
+    """Spends a share. The bytes of a file hold more function bodies and frames, the more kinds of formats are chosen.
+
+    Raises:
+        BudgetError: the narrowest formats are above it.
+    """
+    narrowest = {name: min(curve, key=lambda point: point.bits) for name, curve in curves.items()}
+    least = _total(narrowest)
+    if share.record.what != "size":
+        picks = allocate(curves, share.bits)
+        return _Spent(picks, share.told(least), share.told(_total(picks)))
+    size, fixed = int(share.record.asked), fixed_with(narrowest)
+    lean = dataclasses.replace(share, fixed=fixed)
+    floor = lean.told(least)
+    if floor > size:
         raise BudgetError(
-            f"A size of {share.record.asked:,} bytes is below the floor of {floor:,.0f} bytes for this model: "
-            f"{share.fixed:,} bytes are not weights; the narrowest formats of its weights take "
-            f"{floor - share.fixed:,.0f}."
-        ) from error
+            f"A size of {size:,} bytes is below the floor of {floor:,.0f} bytes for this model: {fixed:,} bytes are "
+            f"not weights; the narrowest formats of its weights take {floor - fixed:,.0f}."
+        )
+    for _ in range(_TRIES):
+        if 8 * (size - fixed) < least:
+            break
+        wished = allocate(curves, 8 * (size - fixed))
+        needed = dataclasses.replace(share, fixed=fixed_with(wished))
+        if needed.told(_total(wished)) <= size:
+            return _Spent(wished, floor, needed.told(_total(wished)))
+        fixed = max(needed.fixed, fixed + 1)
+    return _Spent(narrowest, floor, floor)
+
+
+def _total(picks: Mapping[str, Point[Planned]]) -> int:
+    return sum(point.bits for point in picks.values())
 
 
 def _elements(items: Sequence[Planned]) -> int:
