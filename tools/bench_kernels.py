@@ -1,8 +1,9 @@
-"""Times LowBitMatMul, CodebookMatMul and MixedBitMatMul against ONNX Runtime's own products: one table row a case.
+"""Times LowBitMatMul, CodebookMatMul, MixedBitMatMul and the float8 ops against ONNX Runtime's own: a table row a case.
 
-Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8). All sessions of a
-case run in one process, one run each in turn, so that a change of clock speed or a neighbour's load meets them alike;
-the table holds medians in microseconds and their ratios (below 1: ours is faster).
+Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8); of float8 also
+DequantizeLinear and MatMul, of its rounding QuantizeLinear and DequantizeLinear. All sessions of a case run in one
+process, one run each in turn, so that a change of clock speed or a neighbour's load meets them alike; the table holds
+medians in microseconds and their ratios (below 1: ours is faster).
 
 Example::
 
@@ -23,6 +24,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxq.formats import mixed
+from onnxq.formats.float8 import Float8Kind
 from onnxq.runtime.library import describe_library, library_path
 
 DEFAULT_SHAPES = ["384x384", "1536x384", "384x1536", "4096x4096"]
@@ -43,9 +45,9 @@ class Case:
     threads: int
 
 
-def build_model(node: onnx.NodeProto, case: Case, arrays: dict[str, np.ndarray]) -> bytes:
+def build_model(nodes: list[onnx.NodeProto], case: Case, arrays: dict[str, np.ndarray]) -> bytes:
     graph = helper.make_graph(
-        [node],
+        nodes,
         "bench",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", case.k])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", case.n])],
@@ -59,14 +61,13 @@ def build_model(node: onnx.NodeProto, case: Case, arrays: dict[str, np.ndarray])
 
 def float_model(case: Case, rng: np.random.Generator) -> bytes:
     b = rng.standard_normal((case.k, case.n), dtype=np.float32)
-    return build_model(helper.make_node("MatMul", ["x", "b"], ["y"]), case, {"b": b})
+    return build_model([helper.make_node("MatMul", ["x", "b"], ["y"])], case, {"b": b})
 
 
 def dynamic_int8_model(case: Case, rng: np.random.Generator) -> bytes:
     arrays = {"b": rng.integers(-127, 128, (case.k, case.n), dtype=np.int8), "scale": np.full(1, 0.01, np.float32)}
-    return build_model(
-        helper.make_node("DynamicQuantizeMatMul", ["x", "b", "scale"], ["y"], domain="com.microsoft"), case, arrays
-    )
+    node = helper.make_node("DynamicQuantizeMatMul", ["x", "b", "scale"], ["y"], domain="com.microsoft")
+    return build_model([node], case, arrays)
 
 
 def nbits_model(case: Case, bits: int, rng: np.random.Generator) -> bytes:
@@ -87,7 +88,7 @@ def nbits_model(case: Case, bits: int, rng: np.random.Generator) -> bytes:
         block_size=group_size,
         accuracy_level=4,
     )
-    return build_model(node, case, arrays)
+    return build_model([node], case, arrays)
 
 
 def our_model(case: Case, bits: int, window: int | None, accuracy_level: int, rng: np.random.Generator) -> bytes:
@@ -112,7 +113,7 @@ def our_model(case: Case, bits: int, window: int | None, accuracy_level: int, rn
         accuracy_level=accuracy_level,
         **attributes,
     )
-    return build_model(node, case, arrays)
+    return build_model([node], case, arrays)
 
 
 def mixed_model(case: Case, choice: tuple[int, ...], band: int, accuracy_level: int, rng: np.random.Generator) -> bytes:
@@ -132,7 +133,56 @@ def mixed_model(case: Case, choice: tuple[int, ...], band: int, accuracy_level: 
     }
     attributes = {"K": case.k, "N": case.n, "band": band, "accuracy_level": accuracy_level}
     node = helper.make_node("MixedBitMatMul", ["x", *arrays], ["y"], domain="onnxq", **attributes)
-    return build_model(node, case, arrays)
+    return build_model([node], case, arrays)
+
+
+def random_float8(kind: Float8Kind, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32).astype(kind.dtype)
+
+
+def float8_attributes(kind: Float8Kind) -> dict[str, int]:
+    return {"mantissa_bits": kind.mantissa_bits, "exponent_bias": kind.bias}
+
+
+def float8_model(case: Case, kind: Float8Kind, group_size: int, rng: np.random.Generator) -> bytes:
+    arrays = {
+        "codes": random_float8(kind, (case.n, case.k), rng).view(np.uint8),
+        "scales": rng.uniform(0.01, 0.1, (case.n, -(-case.k // group_size))).astype(np.float16),
+        "bias": np.zeros(1, np.float32),
+    }
+    attributes = {"K": case.k, "N": case.n, "group_size": group_size, **float8_attributes(kind)}
+    node = helper.make_node("Float8MatMul", ["x", *arrays], ["y"], domain="onnxq", **attributes)
+    return build_model([node], case, arrays)
+
+
+def dequantized_float8_model(case: Case, kind: Float8Kind, rng: np.random.Generator) -> bytes:
+    """DequantizeLinear, which ONNX Runtime runs at every call, and MatMul."""
+    arrays = {
+        "codes": random_float8(kind, (case.k, case.n), rng),
+        "scales": rng.uniform(0.01, 0.1, case.n).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", [*arrays], ["b"], axis=1),
+        helper.make_node("MatMul", ["x", "b"], ["y"]),
+    ]
+    return build_model(nodes, case, arrays)
+
+
+def rounding_models(case: Case, kind: Float8Kind) -> dict[str, bytes]:
+    """Activations to values of float8: with one scale, with one a row, and as stock ops do it with one scale."""
+    scale = {"scale": np.full((), 0.01, np.float32)}
+    pair = [
+        helper.make_node(
+            "QuantizeLinear", ["x", "scale"], ["codes"], output_dtype=helper.np_dtype_to_tensor_dtype(kind.dtype)
+        ),
+        helper.make_node("DequantizeLinear", ["codes", "scale"], ["y"]),
+    ]
+    said = {"domain": "onnxq", **float8_attributes(kind)}
+    return {
+        "q+dq": build_model(pair, case, scale),
+        "oursround": build_model([helper.make_node("Float8Round", ["x", "scale"], ["y"], **said)], case, scale),
+        "ourstokens": build_model([helper.make_node("Float8RoundTokens", ["x"], ["y"], **said)], case, {}),
+    }
 
 
 def open_runner(model: bytes, case: Case, rows: int, *, library: bool = True) -> Callable[[], float] | None:
@@ -176,6 +226,21 @@ def interleaved_medians(runners: dict[str, Callable[[], float]], seconds: float)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def show(title: str, models: dict[str, bytes], case: Case, rows: int, seconds: float) -> None:
+    """One table: those whose names begin with `ours` against the others."""
+    runners = {name: run for name, model in models.items() if (run := open_runner(model, case, rows))}
+    medians = interleaved_medians(runners, seconds)
+    stock = " ".join(f"{name} {medians[name] * MICROSECONDS:.1f}" for name in medians if not name.startswith("ours"))
+    sys.stdout.write(f"\n{title} rows {rows} threads {case.threads}   stock us: {stock}\n")
+    rivals = [name for name in medians if not name.startswith("ours")]
+    sys.stdout.write("  ours              us" + "".join(f"{'/' + name:>10}" for name in rivals) + "\n")
+    for name, value in medians.items():
+        if name.startswith("ours"):
+            ratios = "".join(f"{value / medians[rival]:10.2f}" for rival in rivals)
+            sys.stdout.write(f"  {name[4:]:<12}{value * MICROSECONDS:8.1f}{ratios}\n")
+    sys.stdout.flush()
+
+
 def bench(
     case: Case, rows: int, bits: list[int], windows: list[int], bands: list[int], levels: list[int], seconds: float
 ) -> None:
@@ -193,27 +258,32 @@ def bench(
         for name, choice in MIXED_DEPTHS.items()
         for band in bands
     }
-    runners = {name: run for name, model in models.items() if (run := open_runner(model, case, rows))}
-    medians = interleaved_medians(runners, seconds)
-    stock = " ".join(f"{name} {medians[name] * MICROSECONDS:.1f}" for name in medians if not name.startswith("ours"))
-    title = f"{case.n}x{case.k} group {case.group_size} rows {rows} threads {case.threads}"
-    sys.stdout.write(f"\n{title}   stock us: {stock}\n")
-    rivals = [name for name in medians if not name.startswith("ours")]
-    sys.stdout.write("  ours              us" + "".join(f"{'/' + name:>10}" for name in rivals) + "\n")
-    for name, value in medians.items():
-        if name.startswith("ours"):
-            ratios = "".join(f"{value / medians[rival]:10.2f}" for rival in rivals)
-            sys.stdout.write(f"  {name[4:]:<12}{value * MICROSECONDS:8.1f}{ratios}\n")
-    sys.stdout.flush()
+    show(f"{case.n}x{case.k} group {case.group_size}", models, case, rows, seconds)
+
+
+def bench_float8(case: Case, rows: int, kinds: list[Float8Kind], seconds: float) -> None:
+    rng = np.random.default_rng(0)
+    models = {"fp32": float_model(case, rng)}
+    if case.k % 32 == 0:
+        models["nbits8"] = nbits_model(case, 8, rng)
+    for kind in kinds:
+        models[f"dq {kind.value}"] = dequantized_float8_model(case, kind, rng)
+        for group_size in sorted({case.group_size, case.k}):
+            models[f"ours{kind.value} g{group_size}"] = float8_model(case, kind, group_size, rng)
+    show(f"{case.n}x{case.k} float8", models, case, rows, seconds)
+    for kind in kinds:
+        square = Case(case.k, case.k, case.group_size, case.threads)
+        show(f"{case.k} wide to {kind.value}", rounding_models(square, kind), square, rows, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, help="N x K of the weights")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 128])
-    parser.add_argument("--bits", nargs="+", type=int, default=list(range(1, 9)))
+    parser.add_argument("--bits", nargs="*", type=int, default=list(range(1, 9)))
     parser.add_argument("--windows", nargs="*", type=int, default=[4, 6], help="of codebooks, `bits` (no trellis) to 6")
     parser.add_argument("--bands", nargs="*", type=int, default=[256], help="of mixed weights, multiples of 32")
+    parser.add_argument("--float8", nargs="*", default=["e4m3fn"], help="kinds: e4m3fn, e5m2, e4m3fnuz, e5m2fnuz")
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 1], help="accuracy levels")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--group-size", type=int, default=32, help="0: the whole column, 128 for MatMulNBits")
@@ -226,9 +296,18 @@ def main() -> None:
             for shape in arguments.shapes:
                 n, k = (int(part) for part in shape.split("x"))
                 case = Case(n, k, arguments.group_size or -(-k // 32) * 32, threads)
-                bench(
-                    case, rows, arguments.bits, arguments.windows, arguments.bands, arguments.levels, arguments.seconds
-                )
+                if arguments.bits or arguments.bands:
+                    bench(
+                        case,
+                        rows,
+                        arguments.bits,
+                        arguments.windows,
+                        arguments.bands,
+                        arguments.levels,
+                        arguments.seconds,
+                    )
+                if arguments.float8:
+                    bench_float8(case, rows, [Float8Kind(kind) for kind in arguments.float8], arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -31,18 +31,22 @@ struct Segment {
   int32_t activation;  ///< activation block
 };
 
+/// What every product y = gain * (x @ levels.T) + bias is told besides its weight's own tensors.
+struct Affine {
+  const float* bias;  ///< [outputs], or one value when shared_bias
+  bool shared_bias;
+  float gain;
+  int64_t outputs;  ///< N
+  int64_t depth;    ///< K
+};
+
 /// One packed weight (layout version 1); pointers are borrowed.
-struct Weight {
+struct Weight : Affine {
   const uint8_t* packed;   ///< [tiles, blocks, bits, 32, 4]
   const uint16_t* scales;  ///< float16 bits, [tiles, groups, 32]
   const uint8_t* zeros;    ///< [tiles, groups, 32], or one value when shared_zero
-  const float* bias;       ///< [outputs], or one value when shared_bias
   bool shared_zero;
-  bool shared_bias;
   int bits;
-  float gain;
-  int64_t outputs;           ///< N
-  int64_t depth;             ///< K
   int64_t tiles;             ///< ceil(N / 32)
   int64_t blocks;            ///< ceil(K / 32)
   int64_t groups;            ///< ceil(K / group_size)
@@ -52,6 +56,29 @@ struct Weight {
   int64_t segment_count;
   const uint8_t* table;  ///< [kTableEntries] levels, repeated to fill it; null: codes are levels
   int window;            ///< bits of an index into table
+};
+
+/// One kind of 8-bit floats: a sign, an exponent, a mantissa.
+struct Float8Kind {
+  const char* name;
+  int mantissa_bits;
+  int exponent_bias;
+  float largest;  ///< finite value
+};
+constexpr Float8Kind kFloat8Kinds[] = {{"e4m3fn", 3, 7, 448.0f},
+                                       {"e5m2", 2, 15, 57344.0f},
+                                       {"e4m3fnuz", 3, 8, 240.0f},
+                                       {"e5m2fnuz", 2, 16, 57344.0f}};
+
+/// One weight of 8-bit floats; pointers are borrowed.
+struct Float8Weight : Affine {
+  const uint8_t* codes;    ///< [outputs, depth]
+  const uint16_t* scales;  ///< float16 bits, [outputs, groups], or one value when shared_scale
+  bool shared_scale;
+  int mantissa_bits;
+  float unit;           ///< the value of a code over that of the half precision number it is read as
+  int64_t group_depth;  ///< inputs that share a scale: depth, or a multiple of 32
+  int64_t groups;       ///< 1 when shared_scale
 };
 
 /// Activations after int8 quantisation, one row after the other.
@@ -119,6 +146,27 @@ struct CodebookProducts {
   Products window[4];
 };
 
+/// The products of 8-bit floats with one width of mantissa.
+struct Float8Products {
+  /// x: [rows, depth]. The faster one up to kFloat8FewRows.
+  void (*few_rows)(const Float8Weight&, const float* x, const Range&, const Output&);
+  /// x: [rows, depth].
+  void (*many_rows)(const Float8Weight&, const float* x, const Range&, const Output&);
+  /// Row `row` of the weight, depth floats.
+  void (*decode_row)(const Float8Weight&, int64_t row, float* out);
+};
+constexpr int kFloat8FewRows = 8;
+
+/// One ISA's kernels of 8-bit floats.
+struct Float8Kernels {
+  Float8Products e4m3;
+  Float8Products e5m2;
+  /// y = scale * (x / scale rounded to a value of the kind).
+  void (*round)(const Float8Kind&, float scale, const float* x, int64_t count, float* y);
+  /// The largest magnitude; not a number where one of x is.
+  float (*largest_magnitude)(const float* x, int64_t count);
+};
+
 /// One ISA's kernels; those in arrays are indexed by bits (entry 0 is unused).
 struct KernelTable {
   const char* isa;
@@ -137,6 +185,7 @@ struct KernelTable {
   /// x [rows, width] in place over the rows, not normalised; rows a power of two, width whole vectors.
   void (*walsh_hadamard)(float* x, int64_t rows, int64_t width);
   void (*multiply_frame)(const FrameProduct&);
+  const Float8Kernels* float8;  ///< a translation unit of their own
 };
 
 }  // namespace onnxq::kernels

@@ -11,4 +11,10 @@ extern const KernelTable kAvx512Vnni;
 extern const KernelTable
     kAvx512VnniEmulated;  ///< the AVX-512 source on plain loops; only in the test program
 
+// What their member float8 points at.
+extern const Float8Kernels kScalarFloat8;
+extern const Float8Kernels kAvx2Float8;
+extern const Float8Kernels kAvx512VnniFloat8;
+extern const Float8Kernels kAvx512VnniEmulatedFloat8;
+
 }  // namespace onnxq::kernels

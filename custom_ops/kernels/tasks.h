@@ -1,4 +1,4 @@
-// How a product is cut into tasks: what matmul.cpp and mixed.cpp share.
+// How work is cut into tasks: what all products share.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +14,8 @@ namespace onnxq::kernels {
 constexpr int64_t kTaskProductsInt8 = 1 << 18;
 constexpr int64_t kTaskProductsFloat = 1 << 16;
 constexpr int64_t kMostTasks = 64;
+// The same for elements that are decoded or rounded.
+constexpr int64_t kTaskElements = 1 << 15;
 // Rows of one task: their int8 or float stretch of K stays in the second-level cache.
 constexpr int64_t kTaskRowsInt8 = 480;
 constexpr int64_t kTaskRowsFloat = 240;

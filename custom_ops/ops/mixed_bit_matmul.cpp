@@ -50,7 +50,8 @@ class MixedBitMatMul {
         tiles_(CeilDiv(weight_.outputs, kernels::kTileOutputs)),
         blocks_(CeilDiv(weight_.depth, kernels::kBlockDepth)),
         band_(ReadBand(info)),
-        product_(api, info, title_, weight_.outputs, weight_.depth, kBias) {
+        product_(api, info, title_, weight_.outputs, weight_.depth, kBias),
+        activations_(ReadActivations(api, info, title_)) {
     if (const abi::Value* depths = ConstantInput(api, info, kDepths)) layout_.emplace(ReadDepths(depths));
     for (const Input input : {kPacked, kColumns, kScales, kOrder, kTables, kSteps}) {
       const abi::Value* value = ConstantInput(api, info, input);
@@ -90,8 +91,7 @@ class MixedBitMatMul {
     product_.Compute(context, [&](const Product::Operands& o, const kernels::Parallel& parallel) {
       weight.bias = o.bias;
       weight.shared_bias = o.shared_bias;
-      return kernels::MatMulMixed(kernels::ChosenKernels(), weight, product_.activations(), o.x, o.rows, o.y,
-                                  parallel);
+      return kernels::MatMulMixed(kernels::ChosenKernels(), weight, activations_, o.x, o.rows, o.y, parallel);
     });
   }
 
@@ -198,6 +198,7 @@ class MixedBitMatMul {
   int64_t blocks_;
   int64_t band_;
   Product product_;
+  kernels::Activations activations_;
   std::optional<MixedLayout> layout_;  ///< unless depths are only known at run time
   bool checked_[kInputCount] = {};
 };

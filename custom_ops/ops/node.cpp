@@ -52,12 +52,16 @@ int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const cha
   return Found(api, api.AttributeInt(info, name, &value)) ? value : missing;
 }
 
-WeightAttributes ReadWeightAttributes(const abi::Api& api, const abi::KernelInfo* info,
-                                      const std::string& title, int most_depth_bits) {
+void CheckLayoutVersion(const abi::Api& api, const abi::KernelInfo* info, const std::string& title) {
   const int64_t version = IntAttribute(api, info, "layout_version", kLayoutVersion);
   if (version != kLayoutVersion)
     Refuse(title, "layout_version is " + std::to_string(version) +
                       ", but this library reads version 1; update onnxq, or quantize the model again");
+}
+
+WeightAttributes ReadWeightAttributes(const abi::Api& api, const abi::KernelInfo* info,
+                                      const std::string& title, int most_depth_bits) {
+  CheckLayoutVersion(api, info, title);
   const int64_t depth = IntAttribute(api, info, title, "K");
   const int64_t outputs = IntAttribute(api, info, title, "N");
   if (depth < 1 || depth > int64_t{1} << most_depth_bits || outputs < 1 || outputs > kMaxOutputs)

@@ -25,7 +25,10 @@ int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const std
                      const char* name);
 int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const char* name, int64_t missing);
 
-/// What all ops over packed weights have: N (at most 2**31), K, gain, and a layout version that this library
+/// Refuses a layout version that this library does not know.
+void CheckLayoutVersion(const abi::Api& api, const abi::KernelInfo* info, const std::string& title);
+
+/// What all ops over weights have: N (at most 2**31), K, gain, and a layout version that this library
 /// knows.
 struct WeightAttributes {
   int64_t outputs;

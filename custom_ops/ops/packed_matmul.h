@@ -23,6 +23,7 @@ class PackedMatMul {
   abi::Api api_;
   PackedWeight weight_;
   Product product_;
+  kernels::Activations activations_;
 };
 
 }  // namespace onnxq::ops

@@ -10,6 +10,8 @@ namespace {
 constexpr size_t kX = 0;
 constexpr int64_t kDefaultAccuracyLevel = 4;
 
+}  // namespace
+
 kernels::Activations ReadActivations(const abi::Api& api, const abi::KernelInfo* info,
                                      const std::string& title) {
   switch (const int64_t level = IntAttribute(api, info, "accuracy_level", kDefaultAccuracyLevel)) {
@@ -24,16 +26,9 @@ kernels::Activations ReadActivations(const abi::Api& api, const abi::KernelInfo*
   }
 }
 
-}  // namespace
-
 Product::Product(const abi::Api& api, const abi::KernelInfo* info, std::string title, int64_t outputs,
                  int64_t depth, size_t bias_input)
-    : api_(api),
-      title_(std::move(title)),
-      outputs_(outputs),
-      depth_(depth),
-      bias_input_(bias_input),
-      activations_(ReadActivations(api, info, title_)) {
+    : api_(api), title_(std::move(title)), outputs_(outputs), depth_(depth), bias_input_(bias_input) {
   if (const abi::Value* bias = ConstantInput(api, info, bias_input)) CheckBias(bias);
 }
 

@@ -9,6 +9,10 @@
 
 namespace onnxq::ops {
 
+/// Attribute accuracy_level, of ops that know more than one kind of activations.
+kernels::Activations ReadActivations(const abi::Api& api, const abi::KernelInfo* info,
+                                     const std::string& title);
+
 class Product {
  public:
   struct Operands {
@@ -22,8 +26,6 @@ class Product {
   /// x is input 0.
   Product(const abi::Api& api, const abi::KernelInfo* info, std::string title, int64_t outputs, int64_t depth,
           size_t bias_input);
-
-  kernels::Activations activations() const { return activations_; }
 
   /// Checks x and bias, makes y, and has multiply(operands, parallel) fill it; false: out of memory.
   template <class F>
@@ -51,7 +53,6 @@ class Product {
   int64_t outputs_;
   int64_t depth_;
   size_t bias_input_;
-  kernels::Activations activations_;
 };
 
 }  // namespace onnxq::ops

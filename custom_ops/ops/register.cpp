@@ -7,6 +7,9 @@
 #include "kernels/compiler.h"
 #include "kernels/dispatch.h"
 #include "ops/codebook_matmul.h"
+#include "ops/float8_gather.h"
+#include "ops/float8_matmul.h"
+#include "ops/float8_round.h"
 #include "ops/frame_transform.h"
 #include "ops/low_bit_gather.h"
 #include "ops/low_bit_matmul.h"
@@ -26,6 +29,10 @@ onnxq::abi::CustomOpDomain* TheDomain(const Api& api) {
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::LowBitGatherOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::CodebookMatMulOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::MixedBitMatMulOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8MatMulOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8GatherOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8RoundOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8RoundTokensOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameAnalysisOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameSynthesisOp()));
     return made;

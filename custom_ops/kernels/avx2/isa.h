@@ -124,6 +124,22 @@ struct Isa {
   static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  /// 2 * kLanes 8-bit floats read as halves: E4M3 in the place of a half's exponent and mantissa is 2**-8 of
+  /// what it is with an exponent bias of 7. E5M2 would fill the whole exponent, whose top means infinity
+  /// there; half of it fits: 2**-1 of what it is with a bias of 15.
+  template <int kMantissaBits>
+  static ONNXQ_INLINE void Float8(const uint8_t* codes, Floats* out) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+    if constexpr (kMantissaBits == 2) {
+      // Subnormals and the first binade are halved as they are; above, the exponent falls by one: one more
+      // shift to the left, less 0x400.
+      const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x3f80));
+      half = _mm256_add_epi16(half, _mm256_subs_epu16(magnitude, _mm256_set1_epi16(0x400)));
+    }
+    out[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    out[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+  }
   static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -146,6 +162,11 @@ struct Isa {
     __m128i t = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1))));
+  }
+  static ONNXQ_INLINE float Sum(Floats v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
   static ONNXQ_INLINE int32_t Sum(Ints v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -15,5 +15,5 @@ namespace {
 }  // namespace
 
 namespace onnxq::kernels {
-const KernelTable kAvx2 = MakeTable("avx2");
+const KernelTable kAvx2 = MakeTable("avx2", kAvx2Float8);
 }

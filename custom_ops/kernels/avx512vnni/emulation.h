@@ -14,6 +14,7 @@ namespace {
 using __m512 = float __attribute__((vector_size(64)));
 using __m512i = int32_t __attribute__((vector_size(64)));
 using Unsigned16 = uint32_t __attribute__((vector_size(64)));
+using Unsigned32 = uint16_t __attribute__((vector_size(64)));
 struct __m256i {
   uint16_t half[16];
 };
@@ -119,6 +120,30 @@ ONNXQ_INLINE __m512i _mm512_cvtepu8_epi32(__m128i v) {
   for (int i = 0; i < 16; ++i) r[i] = v.byte[i];
   return r;
 }
+ONNXQ_INLINE __m512i _mm512_cvtepi8_epi16(__m256i v) {
+  int8_t byte[32];
+  int16_t r[32];
+  std::memcpy(byte, &v, sizeof byte);
+  for (int i = 0; i < 32; ++i) r[i] = byte[i];
+  return LoadFrom<__m512i>(r);
+}
+ONNXQ_INLINE __m512i _mm512_set1_epi16(int16_t v) {
+  return _mm512_set1_epi32(int32_t(uint16_t(v) * 0x10001u));
+}
+ONNXQ_INLINE __m512i _mm512_slli_epi16(__m512i v, unsigned n) {
+  return __m512i(Unsigned32(v) << uint16_t(n));
+}
+ONNXQ_INLINE __m512i _mm512_add_epi16(__m512i a, __m512i b) { return __m512i(Unsigned32(a) + Unsigned32(b)); }
+ONNXQ_INLINE __m512i _mm512_subs_epu16(__m512i a, __m512i b) {
+  const Unsigned32 x = Unsigned32(a), y = Unsigned32(b);
+  return __m512i(x > y ? x - y : Unsigned32{});
+}
+ONNXQ_INLINE __m256i _mm512_castsi512_si256(__m512i v) { return LoadFrom<__m256i>(&v); }
+ONNXQ_INLINE __m256i _mm512_extracti64x4_epi64(__m512i v, int half) {
+  uint8_t byte[64];
+  std::memcpy(byte, &v, sizeof byte);
+  return LoadFrom<__m256i>(byte + 32 * half);
+}
 ONNXQ_INLINE __m128i _mm512_cvtsepi32_epi8(__m512i v) {
   __m128i r;
   for (int i = 0; i < 16; ++i) r.byte[i] = uint8_t(int8_t(v[i] > 127 ? 127 : v[i] < -128 ? -128 : v[i]));
@@ -128,6 +153,11 @@ ONNXQ_INLINE int32_t _mm512_reduce_add_epi32(__m512i v) {
   uint32_t s = 0;
   for (int i = 0; i < 16; ++i) s += uint32_t(v[i]);
   return int32_t(s);
+}
+ONNXQ_INLINE float _mm512_reduce_add_ps(__m512 v) {
+  float s = 0.0f;
+  for (int i = 0; i < 16; ++i) s += v[i];
+  return s;
 }
 ONNXQ_INLINE int32_t _mm512_reduce_max_epi32(__m512i v) {
   int32_t m = v[0];

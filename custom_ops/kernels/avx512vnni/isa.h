@@ -95,6 +95,22 @@ struct Isa {
   static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  /// 2 * kLanes 8-bit floats read as halves: E4M3 in the place of a half's exponent and mantissa is 2**-8 of
+  /// what it is with an exponent bias of 7. E5M2 would fill the whole exponent, whose top means infinity
+  /// there; half of it fits: 2**-1 of what it is with a bias of 15.
+  template <int kMantissaBits>
+  static ONNXQ_INLINE void Float8(const uint8_t* codes, Floats* out) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbf80)));
+    if constexpr (kMantissaBits == 2) {
+      // Subnormals and the first binade are halved as they are; above, the exponent falls by one: one more
+      // shift to the left, less 0x400.
+      const __m512i magnitude = _mm512_and_si512(half, _mm512_set1_epi16(0x3f80));
+      half = _mm512_add_epi16(half, _mm512_subs_epu16(magnitude, _mm512_set1_epi16(0x400)));
+    }
+    out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+  }
   static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -117,6 +133,7 @@ struct Isa {
     __builtin_memcpy(&largest, &bits, sizeof largest);
     return largest;
   }
+  static ONNXQ_INLINE float Sum(Floats v) { return _mm512_reduce_add_ps(v); }
   static ONNXQ_INLINE int32_t Sum(Ints v) { return _mm512_reduce_add_epi32(v); }
   static ONNXQ_INLINE void Quantize32(const float* x, float inverse, int8_t* codes, Ints& sum) {
     const __m512 by = _mm512_set1_ps(inverse);

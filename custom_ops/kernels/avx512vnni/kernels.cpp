@@ -20,8 +20,8 @@ namespace {
 
 namespace onnxq::kernels {
 #ifdef ONNXQ_EMULATE_AVX512
-const KernelTable kAvx512VnniEmulated = MakeTable("avx512vnni-emulated");
+const KernelTable kAvx512VnniEmulated = MakeTable("avx512vnni-emulated", kAvx512VnniEmulatedFloat8);
 #else
-const KernelTable kAvx512Vnni = MakeTable("avx512vnni");
+const KernelTable kAvx512Vnni = MakeTable("avx512vnni", kAvx512VnniFloat8);
 #endif
 }  // namespace onnxq::kernels

@@ -100,6 +100,23 @@ struct Isa {
   static ONNXQ_INLINE Floats LoadHalfFloats(const uint16_t* p) {
     return Floats{HalfToFloat(p[0]), HalfToFloat(p[1]), HalfToFloat(p[2]), HalfToFloat(p[3])};
   }
+  /// 2 * kLanes 8-bit floats read as halves, as on the other processors: E4M3 in the place of a half's
+  /// exponent and mantissa is 2**-8 of what it is with an exponent bias of 7. E5M2 would fill the whole
+  /// exponent, whose top means infinity there; half of it fits: 2**-1 of what it is with a bias of 15.
+  template <int kMantissaBits>
+  static ONNXQ_INLINE void Float8(const uint8_t* codes, Floats* out) {
+    for (int i = 0; i < 2; ++i, codes += kLanes) {
+      const Unsigned4 code{codes[0], codes[1], codes[2], codes[3]};
+      Unsigned4 half = (code & 0x7fu) << 7;
+      // Subnormals and the first binade are halved as they are; above, the exponent falls by one: one more
+      // shift to the left, less 0x400.
+      if constexpr (kMantissaBits == 2) half += half > 0x400u ? half - 0x400u : Unsigned4{};
+      // The subnormals of halves are whole numbers of 2**-24.
+      const Floats subnormal = ToFloats(Ints(half)) * 5.9604644775390625e-8f;
+      const Unsigned4 bits = half < 0x400u ? Unsigned4(subnormal) : (half << 13) + (112u << 23);
+      out[i] = Floats(bits | (code & 0x80u) << 24);
+    }
+  }
   static ONNXQ_INLINE Floats LoadByteFloats(const uint8_t* p) {
     return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
   }
@@ -122,6 +139,7 @@ struct Isa {
     const int32_t high = v[2] > v[3] ? v[2] : v[3];
     return LoadAs<float>(low > high ? &low : &high);
   }
+  static ONNXQ_INLINE float Sum(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static ONNXQ_INLINE int32_t Sum(Ints v) { return v[0] + v[1] + v[2] + v[3]; }
   static ONNXQ_INLINE void Quantize32(const float* x, float inverse, int8_t* codes, Ints& sum) {
     // Adding and taking off 1.5 * 2**23 leaves the nearest whole number, halves to even.

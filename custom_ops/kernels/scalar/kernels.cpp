@@ -15,5 +15,5 @@ namespace {
 }  // namespace
 
 namespace onnxq::kernels {
-const KernelTable kScalar = MakeTable("scalar");
+const KernelTable kScalar = MakeTable("scalar", kScalarFloat8);
 }
