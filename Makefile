@@ -10,8 +10,9 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint
 demo: $(VENV)/.demo
 	$(RUN) -m samples.embedding.demo
 
+# One process a core, each with whole files: their models are made once.
 test: $(VENV)/.test
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
