@@ -68,7 +68,9 @@ class Inputs:
             return None
         rows, weight = self.seen.rows, item.weight.rows(0, item.weight.n)
         wanted = rows @ weight.T
-        noise = np.square(_rounded(rows, self.rounding) @ solved.encodings[0].dequantize().T - wanted).sum()
+        # One batch's range is about that of all the data.
+        rounding = Rounding("uint8", choose_clip(self.seen, "uint8")) if self.dynamic else self.rounding
+        noise = np.square(_rounded(rows, rounding) @ solved.encodings[0].dequantize().T - wanted).sum()
         signal = np.square(wanted).sum()
         return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
 
@@ -107,12 +109,17 @@ def plan_inputs(items: Sequence[Planned], recipe: Recipe, stages: Stages) -> Inp
 
     Raises:
         RecipeError: static scales were asked for and there is no calibration data.
+        ModelError: the model's opset is too old for what stands for them.
     """
     spec, stock = recipe.linear.inputs, recipe.target == "stock"
     linear = [item for item in items if "linear" in item.weight.kinds]
     if spec is None and recipe.linear.min_snr is None:
         return InputPlans({}, {})
     static = spec is not None and spec.scale == "static"
+    if spec is not None and spec.kind != "int8":  # before the data is run
+        kind = _AUTO[0] if spec.kind == "auto" else spec.kind
+        scale = ActivationScale(kind, 1.0) if static else None
+        Rounding(kind, scale, stock).check_opset(stages.loaded.opset)
     if stages.data is None:
         if static:
             raise RecipeError(

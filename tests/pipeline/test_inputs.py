@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from onnxq.calibration.clipping import round_with
-from onnxq.errors import RecipeError
+from onnxq.errors import ModelError, RecipeError
 from onnxq.pipeline import inputs
 from onnxq.recipe import ActivationSpec, Float8Spec, GridSpec, LinearPlan, Recipe
 from onnxq.report.records import QuantizeReport
@@ -103,6 +103,17 @@ def test_static_scales_need_data(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="give some with --calibration"):
         quantize(source, tmp_path / "out.onnx", recipe("fp8"), calibration=None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_too_old_is_refused(tmp_path: Path) -> None:
+    proto = block()
+    proto.opset_import[0].version = 19
+    old = models.save(proto, tmp_path / "old.onnx")
+
+    with pytest.raises(ModelError, match="opset 19 is too old"):
+        quantize(old, tmp_path / "out.onnx", recipe("fp8", target="stock"), calibration=[DATA[0]])
+    assert [path.name for path in tmp_path.iterdir()] == ["old.onnx"]
+    quantize(old, tmp_path / "out.onnx", recipe("fp8"))
 
 
 def test_attention_is_rounded_where_it_is_asked_for(source: Path, tmp_path: Path) -> None:
