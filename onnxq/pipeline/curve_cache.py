@@ -22,7 +22,7 @@ from onnxq.formats.float8 import Float8Format
 from onnxq.formats.mixed import MixedFormat
 from onnxq.pipeline.plan import Planned
 
-_VERSION = 2
+_VERSION = 3
 """Curves of another version of their measurement are not taken up again."""
 _MOST_FILES = 32
 

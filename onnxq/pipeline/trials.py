@@ -3,6 +3,9 @@
 Curves come from nearest rounding and from what error feedback should gain. How much of that comes true differs between
 kinds of plans: steps are fitted to the codes afterwards, a trellis looks ahead, groups have steps of their own. Where a
 budget chooses between plans, a few percent decide.
+
+Corrections only raise losses: the kind that came out best keeps what it expects, so that a promised error stays on the
+safe side where weights differ from those that were tried.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ MOST = 6
 _BITS = 2.75
 """The point of a curve that is tried: between those where plans are closest."""
 _MOST_CORRECTION = 1.5
-"""More than this, up or down, is of the weights tried rather than of the kind of plan."""
+"""More than this is of the weights tried rather than of the kind of plan."""
 
 Kind = tuple[str, ...]
 Moments = tuple[InputStatistics | None, InputStatistics | None]
@@ -89,9 +92,13 @@ class Trials:
 
     @property
     def corrections(self) -> Mapping[Kind, float]:
-        """By kind of plan, what expected losses are to be multiplied by: the geometric mean over the trials."""
-        most = np.log(_MOST_CORRECTION)
-        return {kind: float(np.exp(np.clip(np.mean(logs), -most, most))) for kind, logs in self._logs.items()}
+        """By kind of plan, what expected losses are to be multiplied by, 1 or more.
+
+        The geometric mean over the trials, beside that of the best kind where that did better than expected.
+        """
+        means = {kind: float(np.mean(logs)) for kind, logs in self._logs.items()}
+        best = min(0.0, min(means.values(), default=0.0))
+        return {kind: min(float(np.exp(mean - best)), _MOST_CORRECTION) for kind, mean in means.items()}
 
     def corrected(self, curve: Sequence[Point[Planned]]) -> list[Point[Planned]]:
         """A curve with all its losses corrected; plans of a kind that was not tried stay as they are."""

@@ -67,7 +67,7 @@ def test_the_picked_are_spread_over_those_that_count(planned: dict[str, Planned]
     assert picked(nearest, sensitivities()) == frozenset()
 
 
-@pytest.mark.parametrize("share", [0.8, 1.0, 1.25])
+@pytest.mark.parametrize("share", [1.0, 1.25])
 def test_a_curve_is_corrected_by_what_came_over_what_was_expected(planned: dict[str, Planned], share: float) -> None:
     item, moments = planned["q"], identity()
     found = Trials(sensitivities())
@@ -95,7 +95,19 @@ def test_errors_count_as_they_cancel_on_the_other_half_of_the_data(planned: dict
     assert trials._share(error, rows, apart, alike) == pytest.approx((3 * K + 1) / 4)
 
 
-def test_no_trial_moves_a_kind_by_more_than_half(planned: dict[str, Planned]) -> None:
+def test_the_kind_that_did_best_keeps_what_it_expects(planned: dict[str, Planned]) -> None:
+    item, moments = planned["q"], identity()
+    uniform, framed = item.options
+    found = Trials(sensitivities())
+    curve = [
+        Point(uniform.cost_bits, solved_loss(uniform, moments) / 0.5, uniform),
+        Point(framed.cost_bits, solved_loss(framed, moments) / 0.6, framed),
+    ]
+    found.add(item, curve, (moments, None))
+    assert found.corrections == {kind_of(uniform): pytest.approx(1.0), kind_of(framed): pytest.approx(1.2, rel=1e-4)}
+
+
+def test_no_trial_raises_a_kind_by_more_than_half(planned: dict[str, Planned]) -> None:
     item, moments = planned["q"], identity()
     found = Trials(sensitivities())
     found.add(item, [Point(item.cost_bits, 1e-6, item.options[0])], (moments, None))
