@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -21,6 +22,7 @@ from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.mixed import MixedFormat
+from onnxq.formats.uniform import UniformFormat
 from onnxq.frames import Frame
 from onnxq.graph import LoadedModel
 from onnxq.pipeline.curve_cache import Curves
@@ -31,6 +33,7 @@ from onnxq.report.records import BudgetRecord
 # What the .onnx file grows by for one weight: three initializers, a longer node, a line in the report.
 _GRAPH_BYTES_PER_WEIGHT = 1500
 _REPORT_BYTES_PER_KEPT = 200
+_REPORT_BYTES = 3000
 _ALIGNMENT = 64
 _TRIES = 8
 """Allocations of one size: what is chosen decides what is left to spend."""
@@ -263,24 +266,31 @@ def _order_bytes(plan: Plan) -> int:
     return sum(2 * k + _ALIGNMENT for k in inputs.values()) + (_TABLE_BYTES if inputs else 0)
 
 
+_OPS: dict[type, tuple[str, str | None]] = {
+    UniformFormat: ("LowBitMatMul", "LowBitGather"),
+    CodebookFormat: ("CodebookMatMul", None),
+    MixedFormat: ("MixedBitMatMul", None),
+    Float8Format: ("Float8MatMul", "Float8Gather"),
+    BinaryFormat: ("BinaryCodeMatMul", "MixedBitGather"),
+}
+"""The ops of a format's products and look-ups."""
+
+
 def _op_types(plan: Plan) -> list[str]:
     """Names of the ops that a plan's forms may be made of."""
-    found = {"LowBitMatMul", "LowBitGather"}
-    for format in (format for item in plan.planned for option in item.options for format in option.formats):
-        inner = format
-        if isinstance(format, FramedFormat):
-            found |= {"FrameAnalysis", "FrameSynthesis"}
-            inner = format.inner
-        if isinstance(inner, CodebookFormat):
-            found.add("CodebookMatMul")
-        if isinstance(inner, MixedFormat):
-            found.add("MixedBitMatMul")
-        if isinstance(inner, BinaryFormat):
-            found |= {"BinaryCodeMatMul", "MixedBitGather"}
-        if isinstance(inner, Float8Format):
-            found |= {"Float8MatMul", "Float8Gather"}
-    for inputs in (item.recipe.linear.inputs for item in plan.planned):
-        if inputs is not None and inputs.kind != "int8":
+    found: set[str] = set()
+    for item in plan.planned:
+        products, look_ups = "linear" in item.weight.kinds, "table" in item.weight.kinds
+        for format in (format for option in item.options for format in option.formats):
+            inner = format
+            if isinstance(format, FramedFormat):
+                found |= {"FrameAnalysis", "FrameSynthesis"}
+                inner = format.inner
+            product, look_up = _OPS[type(inner)]
+            found |= {product} if products else set()
+            found |= {look_up} if look_ups and look_up is not None else set()
+        inputs = item.recipe.linear.inputs
+        if products and inputs is not None and inputs.kind != "int8":
             found.add("Float8RoundTokens" if inputs.scale == "token" else "Float8Round")
     return sorted(found)
 
@@ -305,5 +315,8 @@ def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:
         for op_type in _op_types(plan)
         for function in ops.functions_for(op_type, opset)
     )
+    # The model carries its recipe twice, as YAML and in the report.
+    recipe = plan.planned[0].recipe
+    about = len(recipe.to_yaml()) + len(json.dumps(recipe.to_dict())) + _REPORT_BYTES
     members = sum(item.weight.batch for item in plan.planned)
-    return kept + graph + functions + members * (_GRAPH_BYTES_PER_WEIGHT + 3 * _ALIGNMENT)
+    return kept + graph + functions + about + members * (_GRAPH_BYTES_PER_WEIGHT + 3 * _ALIGNMENT)
