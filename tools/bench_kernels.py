@@ -1,4 +1,4 @@
-"""Times LowBitMatMul, CodebookMatMul, MixedBitMatMul and the float8 ops against ONNX Runtime's own: a table row a case.
+"""Times the products and float8 ops of this library against ONNX Runtime's own: a table row a case.
 
 Rivals: float32 MatMul, MatMulNBits (2, 4, 8 bits, accuracy level 4) and DynamicQuantizeMatMul (int8); of float8 also
 DequantizeLinear and MatMul, of its rounding QuantizeLinear and DequantizeLinear. All sessions of a case run in one
@@ -136,6 +136,23 @@ def mixed_model(case: Case, choice: tuple[int, ...], band: int, accuracy_level: 
     return build_model([node], case, arrays)
 
 
+def binary_model(case: Case, planes: int, group_size: int, accuracy_level: int, rng: np.random.Generator) -> bytes:
+    """BinaryCodeMatMul with the same number of planes for every row."""
+    tiles, chunks, groups = -(-case.n // 64), 8 * -(-case.k // 32), -(-case.k // group_size)
+    arrays = {
+        "codes": rng.integers(0, 256, planes * tiles * chunks * 32, dtype=np.uint8),
+        "scales": rng.uniform(0.01, 0.1, planes * tiles * groups * 64).astype(np.float16),
+        "offsets": np.zeros(1, np.float16),
+        "rank": np.full(1, -1, np.int32),
+        "bias": np.zeros(1, np.float32),
+    }
+    attributes = {"K": case.k, "N": case.n, "plane_rows": [case.n] * planes, "group_size": group_size}
+    node = helper.make_node(
+        "BinaryCodeMatMul", ["x", *arrays], ["y"], domain="onnxq", accuracy_level=accuracy_level, **attributes
+    )
+    return build_model([node], case, arrays)
+
+
 def random_float8(kind: Float8Kind, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32).astype(kind.dtype)
 
@@ -261,6 +278,20 @@ def bench(
     show(f"{case.n}x{case.k} group {case.group_size}", models, case, rows, seconds)
 
 
+def bench_binary(case: Case, rows: int, planes: list[int], levels: list[int], seconds: float) -> None:
+    rng = np.random.default_rng(0)
+    models = {"fp32": float_model(case, rng), "int8dyn": dynamic_int8_model(case, rng)}
+    models |= {f"nbits{b}": nbits_model(case, b, rng) for b in (2, 4) if case.k % 32 == 0}
+    sizes = sorted({case.group_size, -(-case.k // 32) * 32}, reverse=True)
+    models |= {
+        f"ours{p}p g{size}/{level}": binary_model(case, p, size, level, rng)
+        for level in levels
+        for p in planes
+        for size in sizes
+    }
+    show(f"{case.n}x{case.k} binary", models, case, rows, seconds)
+
+
 def bench_float8(case: Case, rows: int, kinds: list[Float8Kind], seconds: float) -> None:
     rng = np.random.default_rng(0)
     models = {"fp32": float_model(case, rng)}
@@ -283,6 +314,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", type=int, default=list(range(1, 9)))
     parser.add_argument("--windows", nargs="*", type=int, default=[4, 6], help="of codebooks, `bits` (no trellis) to 6")
     parser.add_argument("--bands", nargs="*", type=int, default=[256], help="of mixed weights, multiples of 32")
+    parser.add_argument("--planes", nargs="*", type=int, default=[1, 2, 3, 4], help="of binary codes, 1 to 6")
     parser.add_argument("--float8", nargs="*", default=["e4m3fn"], help="kinds: e4m3fn, e5m2, e4m3fnuz, e5m2fnuz")
     parser.add_argument("--levels", nargs="+", type=int, default=[4, 1], help="accuracy levels")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
@@ -306,6 +338,8 @@ def main() -> None:
                         arguments.levels,
                         arguments.seconds,
                     )
+                if arguments.planes:
+                    bench_binary(case, rows, arguments.planes, arguments.levels, arguments.seconds)
                 if arguments.float8:
                     bench_float8(case, rows, [Float8Kind(kind) for kind in arguments.float8], arguments.seconds)
 

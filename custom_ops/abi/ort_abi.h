@@ -118,6 +118,10 @@ class Api {
   Status* AttributeInt(const KernelInfo* i, const char* n, int64_t* out) const {
     return Call<86, Status*>(i, n, out);
   }
+  /// Too few values in `size` are an error, and `size` then tells how many there are; so does a null `out`.
+  Status* AttributeInts(const KernelInfo* i, const char* n, int64_t* out, size_t* size) const {
+    return Call<163, Status*>(i, n, out, size);
+  }
   Status* NodeName(const KernelInfo* i, char* out, size_t* size) const {
     return Call<244, Status*>(i, out, size);
   }

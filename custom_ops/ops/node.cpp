@@ -52,6 +52,21 @@ int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const cha
   return Found(api, api.AttributeInt(info, name, &value)) ? value : missing;
 }
 
+std::vector<int64_t> IntsAttribute(const abi::Api& api, const abi::KernelInfo* info, const std::string& title,
+                                   const char* name) {
+  size_t count = 0;
+  std::vector<int64_t> values;
+  bool found = Found(api, api.AttributeInts(info, name, nullptr, &count));
+  if (found && count > 0) {
+    values.resize(count);
+    found = Found(api, api.AttributeInts(info, name, values.data(), &count));
+  }
+  if (!found)
+    Refuse(title, std::string("the attribute '") + name +
+                      "', a list of integers, is missing; write the model again with onnxq");
+  return values;
+}
+
 void CheckLayoutVersion(const abi::Api& api, const abi::KernelInfo* info, const std::string& title) {
   const int64_t version = IntAttribute(api, info, "layout_version", kLayoutVersion);
   if (version != kLayoutVersion)

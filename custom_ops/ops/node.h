@@ -25,6 +25,9 @@ int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const std
                      const char* name);
 int64_t IntAttribute(const abi::Api& api, const abi::KernelInfo* info, const char* name, int64_t missing);
 
+std::vector<int64_t> IntsAttribute(const abi::Api& api, const abi::KernelInfo* info, const std::string& title,
+                                   const char* name);
+
 /// Refuses a layout version that this library does not know.
 void CheckLayoutVersion(const abi::Api& api, const abi::KernelInfo* info, const std::string& title);
 

@@ -6,6 +6,7 @@
 #include "abi/result.h"
 #include "kernels/compiler.h"
 #include "kernels/dispatch.h"
+#include "ops/binary_code_matmul.h"
 #include "ops/codebook_matmul.h"
 #include "ops/float8_gather.h"
 #include "ops/float8_matmul.h"
@@ -13,6 +14,7 @@
 #include "ops/frame_transform.h"
 #include "ops/low_bit_gather.h"
 #include "ops/low_bit_matmul.h"
+#include "ops/mixed_bit_gather.h"
 #include "ops/mixed_bit_matmul.h"
 #include "ops/op_base.h"
 
@@ -33,6 +35,8 @@ onnxq::abi::CustomOpDomain* TheDomain(const Api& api) {
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8GatherOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8RoundOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::Float8RoundTokensOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::BinaryCodeMatMulOp()));
+    onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::MixedBitGatherOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameAnalysisOp()));
     onnxq::abi::Check(api.DomainAdd(made, &onnxq::ops::FrameSynthesisOp()));
     return made;
