@@ -140,7 +140,7 @@ double TableError(const BinaryWeight& w, const double* reach, const float* x) {
 
 std::string NameOf(const KernelTable& kernels, const Case& c) {
   std::string name = std::string(kernels.isa) + " planes";
-  for (const int64_t rows : c.plane_rows) name += " " + std::to_string(rows);
+  for (const int64_t rows : c.plane_rows) name += ' ' + std::to_string(rows);
   return name + " K " + std::to_string(c.depth) + " group " + std::to_string(c.group_size) +
          (c.offsets ? " offsets" : "") + (c.ordered ? " ordered" : "");
 }
