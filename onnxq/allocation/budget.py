@@ -104,6 +104,38 @@ def allocate(curves: Mapping[str, Sequence[Point[T]]], budget_bits: int) -> dict
     return best
 
 
+def allocate_priced(
+    curves: Mapping[str, Sequence[Point[T]]], budget_bits: int, prices: Mapping[str, float]
+) -> dict[str, Point[T]]:
+    """As `allocate`, where a bit of some weights is dearer than one of others, and the ceiling is of plain bits.
+
+    Args:
+        curves, budget_bits: see `allocate`.
+        prices: what a bit of each weight counts against its loss, such as 1 and how often it is read; above 0.
+
+    Raises:
+        BudgetError: see `allocate`.
+    """
+    best = allocate(curves, budget_bits)
+    if len(set(prices.values())) < 2:
+        return best
+    priced = {
+        name: [Point(round(point.bits * prices[name]), point.loss, point) for point in points]
+        for name, points in curves.items()
+    }
+    low = sum(min(point.bits for point in points) for points in priced.values())
+    high = sum(max(point.bits for point in points) for points in priced.values())
+    found: dict[str, Point[T]] | None = None
+    while low < high:
+        middle = (low + high + 1) // 2
+        picks = {name: point.choice for name, point in allocate(priced, middle).items()}
+        fits = sum(point.bits for point in picks.values()) <= budget_bits
+        if fits:
+            found = picks
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return best if found is None else found
+
+
 def cheapest(curves: Mapping[str, Sequence[Point[T]]], loss_ceiling: float) -> dict[str, Point[T]]:
     """Chooses a point of every curve so that the summed loss stays within a ceiling and the bits are few.
 

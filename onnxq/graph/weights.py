@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxq.graph.layout import Layout
 from onnxq.graph.naming import make_unique, weight_name
+from onnxq.graph.parts import part_of
 from onnxq.graph.sites import Constant, Site, find_constants
 from onnxq.graph.tensors import WEIGHT_TYPES, check_finite, read_array
 from onnxq.graph.ties import stored_tensor, tied_groups
@@ -33,6 +34,8 @@ class Weight:
         roots: the stored copies, the preferred one first (a table's, because its rows are contiguous).
         bytes: what all stored copies take in the source model.
         other_uses: why the float copy has to stay beside the encoding; empty when it can go.
+        part: of the transformer, such as "decoder.cross" (`onnxq.graph.parts`).
+        elsewhere: kinds of sites that other graphs of the same folder have of it (`onnxq.graph.shared`).
     """
 
     name: str
@@ -46,6 +49,8 @@ class Weight:
     bytes: int
     other_uses: tuple[str, ...]
     layout: Layout = field(repr=False)
+    part: str = ""
+    elsewhere: tuple[str, ...] = ()
 
     def matrix(self) -> np.ndarray:
         """The matrix, float32 [batch * n, k], contiguous, read anew from the model; the caller owns it.
@@ -65,7 +70,12 @@ class Weight:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which kinds of site it has: ("table", "linear") for a tied embedding."""
+        """Which kinds of site it has, here or elsewhere: ("table", "linear") for a tied embedding."""
+        return tuple(dict.fromkeys([*self.own_kinds, *self.elsewhere]))
+
+    @property
+    def own_kinds(self) -> tuple[str, ...]:
+        """Which kinds of site it has in its own graph."""
         return tuple(dict.fromkeys(site.kind for site in self.sites))
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +146,7 @@ class SiteReport:
         }
 
 
-def find_weights(model: ir.Model) -> SiteReport:
+def find_weights(model: ir.Model, graph: str = "") -> SiteReport:
     """Group the sites of a model into weights, and say of every other constant why it is none.
 
     1. Sites that see one and the same matrix are one weight (`onnxq.graph.ties`): an embedding and the output
@@ -147,6 +157,10 @@ def find_weights(model: ir.Model) -> SiteReport:
     4. A stored tensor that something else reads as well keeps its float copy; ``Weight.other_uses`` says what
        reads it.
 
+    Args:
+        model: the model.
+        graph: its file's name, without suffix; tells encoders from decoders where names of nodes don't.
+
     Raises:
         ModelError: a tensor can't be read.
     """
@@ -155,9 +169,16 @@ def find_weights(model: ir.Model) -> SiteReport:
     groups = tied_groups(site for constant in constants for site in constant.sites)  # rules 1 and 2
     weights = [_weight(group, by_root) for group in groups]
     names = make_unique([weight.name for weight in weights])
-    weights = [replace(weight, name=name) for weight, name in zip(weights, names, strict=True)]
+    weights = [
+        replace(weight, name=name, part=_part(weight, name, graph)) for weight, name in zip(weights, names, strict=True)
+    ]
     skipped = [s for c in constants if not c.sites and (s := _try_skip(c)) is not None]
     return SiteReport(weights, skipped, _notes(weights))
+
+
+def _part(weight: Weight, name: str, graph: str) -> str:
+    names = [name, *(site.name for site in weight.sites)]
+    return part_of(names, graph, look_ups="table" in weight.kinds)
 
 
 def _weight(group: list[Site], by_root: dict[ir.Value, Constant]) -> Weight:

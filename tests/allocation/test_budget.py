@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.allocation.budget import Point, allocate, cheapest, lower_hull, parse_size
+from onnxq.allocation.budget import Point, allocate, allocate_priced, cheapest, lower_hull, parse_size
 from onnxq.errors import BudgetError
 
 CURVE = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 10)), min_size=1, max_size=5).map(
@@ -120,3 +120,18 @@ def test_the_cheapest_holds_its_ceiling_and_is_near_the_best(curves: dict[str, l
 def test_a_loss_below_the_least_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"below 1, that of the widest"):
         cheapest({"w": [Point(1, 2.0, None), Point(2, 1.0, None)]}, 0.5)
+
+
+def test_dear_bits_are_spent_last() -> None:
+    curves = {
+        "dear": [Point(1, 10.0, "a"), Point(2, 4.0, "b"), Point(3, 1.0, "c")],
+        "cheap": [Point(1, 10.0, "a"), Point(2, 5.0, "b"), Point(3, 2.0, "c")],
+    }
+
+    def choices(budget: int, price: float) -> dict[str, str]:
+        picks = allocate_priced(curves, budget, {"dear": price, "cheap": 1.0})
+        return {name: point.choice for name, point in picks.items()}
+
+    assert choices(3, 1.0) == {"dear": "b", "cheap": "a"}
+    assert choices(3, 8.0) == {"dear": "a", "cheap": "b"}
+    assert choices(6, 8.0) == {"dear": "c", "cheap": "c"}
