@@ -26,6 +26,7 @@ from onnxq.recipe import (
     Rule,
     SolverSpec,
     TablePlan,
+    WordSpec,
     presets,
     uniform_recipe,
 )
@@ -43,7 +44,7 @@ FULL = Recipe(
     rules=(Rule("*.0.*", keep=True), Rule("head", grid=GridSpec(8, 32, "per-group-integer", 6))),
     min_elements=7,
     calibration=CalibrationSpec(3, 2, 1, True),
-    allocation=AllocationSpec("layer", 3),
+    allocation=AllocationSpec("layer", 3, 0.5),
     distillation=DistillationSpec(3, 0.5),
     target="stock",
     seed=5,
@@ -69,7 +70,8 @@ BINARY = Recipe(
     "signs",
     "Planes of signs, and inputs by token.",
     linear=LinearPlan(binary=BinarySpec(2, 64, True), inputs=ActivationSpec(scale="token")),
-    tables=TablePlan(binary=BinarySpec()),
+    tables=TablePlan(binary=BinarySpec(words=WordSpec(mean_planes=3, every_row=0))),
+    rules=(Rule("head", binary=BinarySpec(4, words=WordSpec("frequency", 5, 2.0))),),
 )
 
 
@@ -152,10 +154,24 @@ def test_a_whole_number_is_a_number() -> None:
         ("linear: {solver: {levels: minmax}}", r"levels is 'minmax'.*Did you mean 'min-max'\?"),
         ("linear: {solver: {levels: two-sigma}}", "levels 'two-sigma' need a grid of group_size \"column\""),
         ("distillation: {steps: 0}", "steps is 0; it must be 1 or more"),
+        ("tables: {binary: {words: {clusters: 7}}}", "clusters is 7; it must be 1 to 6"),
+        ("tables: {binary: {words: {ratio: 0}}}", r"ratio is 0\.0; it must be above 0, such as 1 or 4"),
+        ("tables: {binary: {words: {ratio: .nan}}}", "ratio is nan; it must be above 0"),
+        ("tables: {binary: {words: {mean_planes: 0.5}}}", r"mean_planes is 0\.5; it must be 1 to 6, such as 2\.5"),
+        ("tables: {binary: {words: {every_row: -1}}}", r"every_row is -1\.0; it must be 0 or more"),
+        ("tables: {binary: {words: {by: rank}}}", "by is 'rank'; it must be one of frequency, loss"),
+        (
+            "tables: {binary: {words: {clusters: 3}}}",
+            r'words: clusters has no meaning with by "loss", which takes mean_planes and every_row',
+        ),
+        (
+            "tables: {binary: {words: {by: frequency, mean_planes: 3}}}",
+            r'words: mean_planes has no meaning with by "frequency", which takes clusters and ratio',
+        ),
         ("linear: 4", "recipe.linear must be a mapping of keys, not 4"),
         ("rules: {match: a}", "rules must be a list"),
-        ("rules: [{match: a}]", r"recipe\.rules\[0\]: the rule for 'a' must say either keep or grid"),
-        ("rules: [{match: a, keep: true, grid: {bits: 2}}]", "either keep or grid"),
+        ("rules: [{match: a}]", r"recipe\.rules\[0\]: the rule for 'a' must say one of keep, grid and binary"),
+        ("rules: [{match: a, keep: true, grid: {bits: 2}}]", "one of keep, grid and binary"),
         ("rules: [{keep: true}]", r"recipe\.rules\[0\] lacks match"),
         ("calibration: {batch_size: 0}", "batch_size is 0; it must be at least 1"),
         ("min_elements: -1", "min_elements is -1; it must be 0 or more"),

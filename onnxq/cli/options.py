@@ -25,7 +25,10 @@ NoLibrary = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option(help="Folder with tokenizer.json, for DATA that is a text file.", metavar="DIR")
 ]
-DATA_HELP = "An .npz of named inputs (leading axis = samples), a folder of those, or text with --tokenizer."
+DATA_HELP = (
+    "An .npz of named inputs (leading axis = samples), a folder of those, or text with --tokenizer. For a folder of "
+    "several graphs: GRAPH.npz for each, a recorded trace, or a text that its model is to translate."
+)
 
 
 def parse_group_size(text: str | None) -> int | Literal["column"] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +37,17 @@ def command(
     ] = "uniform",
     calibration: Annotated[Path | None, typer.Option(help=DATA_HELP, metavar="DATA")] = None,
     tokenizer: Tokenizer = None,
+    token_counts: Annotated[
+        Path | None,
+        typer.Option(
+            help="How often each token occurs, for bits per word: a text to count in (with --tokenizer), or a .npy.",
+            metavar="TEXT|NPY",
+        ),
+    ] = None,
+    encodings: Annotated[
+        Path | None,
+        typer.Option(help="Encodings that weights were trained to (onnxq.train), taken as they are.", metavar="DIR"),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Ceiling of the written files, such as 20MB.")] = None,
     bits: Annotated[
         float | None, typer.Option(help="Ceiling of the mean bits of products' weights, side data counted.")
@@ -86,7 +97,8 @@ def command(
     from onnxq.allocation.budget import parse_size
     from onnxq.cli.progress import RichProgress
     from onnxq.pipeline.curve_cache import default_folder
-    from onnxq.report.tables import Asked, quantize_report
+    from onnxq.report.records import FolderReport
+    from onnxq.report.tables import Asked, folder_report, quantize_report
 
     asked = Asked(None if size is None else parse_size(size), bits, table_bits, max_error)
     with RichProgress(error_console()) as progress:
@@ -95,39 +107,43 @@ def command(
             "recipe": chosen,
             "calibration": calibration,
             "tokenizer": tokenizer,
+            "token_counts": token_counts,
+            "encodings": encodings,
             "threads": threads,
             "force": force,
             "curves": default_folder(),
             "progress": progress,
         }
         reports = _run(model, out, plan, options)
-    many = len(reports) > 1
+    folder = reports if isinstance(reports, FolderReport) and len(reports) > 1 else None
     plain = {key: report.to_dict() for key, report in reports.items()}
-    told = {"asked": asked, "planned": plan}
+    told: dict[str, Any] = {"asked": asked, "planned": plan}
+    if folder is None:
+        (only,) = plain.values()
+        emit(
+            json,
+            {**only, **told},
+            lambda: quantize_report(next(iter(reports.values())), verbose=verbose, planned=plan, asked=asked),
+        )
+        return
     emit(
         json,
-        {"graphs": plain, **told} if many else {**next(iter(plain.values())), **told},
+        {"graphs": plain, "budget": folder.budget, "notes": folder.notes, **told},
         lambda: [
-            part
-            for report in reports.values()
-            for part in (*quantize_report(report, verbose=verbose, planned=plan, asked=asked), *([""] * many))
+            *(
+                part
+                for report in folder.values()
+                for part in (*quantize_report(report, verbose=verbose, planned=plan), "")
+            ),
+            *folder_report(folder),
         ],
     )
 
 
-def _run(model: Path, out: Path, plan: bool, options: dict[str, Any]) -> dict[str, QuantizeReport]:
+def _run(model: Path, out: Path, plan: bool, options: dict[str, Any]) -> Mapping[str, QuantizeReport]:
     """The reports by graph: of one file, or of every graph of a folder that becomes a folder."""
     from onnxq.pipeline import quantize, quantize_folder
 
     if not model.is_dir() or out.suffix == ".onnx":
         return {out.name: quantize(model, out, plan_only=plan, **options)}
-    graphs = sorted(model.glob("*.onnx"))
-    if options["size"] is not None and len(graphs) > 1:
-        raise BudgetError(
-            f"--size holds for one file and {model} has {len(graphs)} graphs: give --bits and --table-bits, "
-            "or quantise them one by one."
-        )
-    if not plan or not graphs:
-        return quantize_folder(model, out, **options)
-    with tempfile.TemporaryDirectory() as nowhere:
-        return {graph.name: quantize(graph, Path(nowhere) / graph.name, plan_only=True, **options) for graph in graphs}
+    return quantize_folder(model, out, plan_only=plan, **options)

@@ -22,9 +22,11 @@ from onnxq.formats.codebook import CodebookFormat
 from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.mixed import MixedFormat
+from onnxq.formats.packing import BLOCK_K
 from onnxq.formats.uniform import UniformFormat
 from onnxq.frames import Frame
 from onnxq.graph import LoadedModel
+from onnxq.passes.forms.planes import planes_nodes
 from onnxq.pipeline.curve_cache import Curves
 from onnxq.pipeline.plan import Plan, Planned
 from onnxq.recipe import Recipe
@@ -35,6 +37,8 @@ _GRAPH_BYTES_PER_WEIGHT = 1500
 _REPORT_BYTES_PER_KEPT = 200
 _REPORT_BYTES = 3000
 _ALIGNMENT = 64
+_BYTES_PER_NODE = 320
+"""With names of the site and the weight."""
 _TRIES = 8
 """Allocations of one size: what is chosen decides what is left to spend."""
 _TABLE_BYTES = 512
@@ -74,9 +78,15 @@ class Budget:
         """Whether there is a ceiling at all."""
         return any(value is not None for value in dataclasses.astuple(self))
 
+    def or_default(self, recipe: Recipe) -> Budget:
+        """With the mean bits that a recipe names, where its formats follow from a budget and none was asked for."""
+        if not recipe.chooses or any(value is not None for value in (self.size, self.bits, self.max_error)):
+            return self
+        return dataclasses.replace(self, bits=float(recipe.linear.grid.bits))
+
 
 @dataclasses.dataclass(frozen=True)
-class _Share:
+class Share:
     """Weights that one ceiling is spent on.
 
     Attributes:
@@ -127,11 +137,11 @@ def fit_budget(
         chosen = {name: point.choice for name, point in picks.items()}
         notes += measured.notes
         records.append(record)
-    for share in _shares(budget, plan):
+    for share in shares(budget, plan):
         measured = curves_of(share.items)
         curves = measured.points
         notes += [note for note in measured.notes if note not in notes]
-        spent = _spend(curves, share, functools.partial(_fixed_with, loaded, plan, stock=recipe.target == "stock"))
+        spent = spend(curves, share, functools.partial(_fixed_with, loaded, plan, stock=recipe.target == "stock"))
         records.append(dataclasses.replace(share.record, floor=spent.floor, got=spent.got))
         if measured.kind != "layer":
             loss = sum(point.loss for point in spent.picks.values())
@@ -141,16 +151,17 @@ def fit_budget(
     return dataclasses.replace(plan, planned=planned, notes=tuple(notes)), tuple(records)
 
 
-def _shares(budget: Budget, plan: Plan) -> Iterator[_Share]:
+def shares(budget: Budget, plan: Plan) -> Iterator[Share]:
+    """What each ceiling of a budget is spent on."""
     linear = tuple(item for item in plan.planned if "linear" in item.weight.kinds)
     tables = tuple(item for item in plan.planned if "linear" not in item.weight.kinds)
     if budget.size is not None:
-        # What is not weights depends on what is chosen: see `_spend_size`.
-        yield _Share(BudgetRecord("size", budget.size), plan.planned, 8 * budget.size, 0, 8)
+        # What is not weights depends on what is chosen: see `spend`.
+        yield Share(BudgetRecord("size", budget.size), plan.planned, 8 * budget.size, 0, 8)
     for what, asked, items in (("bits", budget.bits, linear), ("table_bits", budget.table_bits, tables)):
         if asked is not None and items:
             elements = _elements(items)
-            yield _Share(BudgetRecord(what, asked), items, int(asked * elements), 0, elements)
+            yield Share(BudgetRecord(what, asked), items, int(asked * elements), 0, elements)
 
 
 def _within_error(measured: Curves, ceiling: float) -> tuple[dict[str, Point[Planned]], BudgetRecord]:
@@ -193,7 +204,7 @@ def _fixed_with(loaded: LoadedModel, plan: Plan, picks: Mapping[str, Point[Plann
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spent:
+class Spent:
     """What a share was spent on, and in its record's unit the least possible and what it came to."""
 
     picks: Mapping[str, Point[Planned]]
@@ -201,21 +212,28 @@ class _Spent:
     got: float
 
 
-def _spend(
+def spend(
     curves: Mapping[str, Sequence[Point[Planned]]],
-    share: _Share,
+    share: Share,
     fixed_with: Callable[[Mapping[str, Point[Planned]]], int],
-) -> _Spent:
+    allocate: Callable[[Mapping[str, Sequence[Point[Planned]]], int], Mapping[str, Point[Planned]]] = allocate,
+) -> Spent:
     """Spends a share. The bytes of a file hold more function bodies and frames, the more kinds of formats are chosen.
+
+    Args:
+        curves: of its weights.
+        share: what to spend.
+        fixed_with: bytes of what is no weight, with these formats.
+        allocate: chooses points within so many bits.
 
     Raises:
         BudgetError: the narrowest formats are above it.
     """
     narrowest = {name: min(curve, key=lambda point: point.bits) for name, curve in curves.items()}
-    least = _total(narrowest)
+    least = total_bits(narrowest)
     if share.record.what != "size":
         picks = allocate(curves, share.bits)
-        return _Spent(picks, share.told(least), share.told(_total(picks)))
+        return Spent(picks, share.told(least), share.told(total_bits(picks)))
     size, fixed = int(share.record.asked), fixed_with(narrowest)
     lean = dataclasses.replace(share, fixed=fixed)
     floor = lean.told(least)
@@ -229,13 +247,14 @@ def _spend(
             break
         wished = allocate(curves, 8 * (size - fixed))
         needed = dataclasses.replace(share, fixed=fixed_with(wished))
-        if needed.told(_total(wished)) <= size:
-            return _Spent(wished, floor, needed.told(_total(wished)))
+        if needed.told(total_bits(wished)) <= size:
+            return Spent(wished, floor, needed.told(total_bits(wished)))
         fixed = max(needed.fixed, fixed + 1)
-    return _Spent(narrowest, floor, floor)
+    return Spent(narrowest, floor, floor)
 
 
-def _total(picks: Mapping[str, Point[Planned]]) -> int:
+def total_bits(picks: Mapping[str, Point[Planned]]) -> int:
+    """Of all weights together."""
     return sum(point.bits for point in picks.values())
 
 
@@ -286,6 +305,8 @@ def _op_types(plan: Plan) -> list[str]:
             if isinstance(format, FramedFormat):
                 found |= {"FrameAnalysis", "FrameSynthesis"}
                 inner = format.inner
+            if isinstance(inner, BinaryFormat) and _in_stock_ops(item):
+                continue
             product, look_up = _OPS[type(inner)]
             found |= {product} if products else set()
             found |= {look_up} if look_ups and look_up is not None else set()
@@ -298,6 +319,23 @@ def _op_types(plan: Plan) -> list[str]:
 def _frame_bytes(frame: Frame, stock: bool) -> int:
     """Of what forms store of a frame: its own arrays, or the matrices of its transform."""
     return sum(array.nbytes for array in frame.matrices().values()) if stock else frame.cost_bits() // 8
+
+
+def _in_stock_ops(item: Planned) -> bool:
+    """Whether binary codes of a weight take no function: see `onnxq.passes.forms.planes`."""
+    return item.recipe.target == "stock" and item.weight.k % BLOCK_K == 0
+
+
+def _node_bytes(plan: Plan) -> int:
+    """Of the nodes of binary weights in stock ops, where a site is many."""
+    nodes = 0
+    for item in filter(_in_stock_ops, plan.planned):
+        products = sum(site.kind == "linear" for site in item.weight.sites)
+        look_ups = len(item.weight.sites) - products
+        formats = [format for option in item.options for format in option.formats if isinstance(format, BinaryFormat)]
+        counts = [planes_nodes(format, products=products, look_ups=look_ups) for format in formats]
+        nodes += item.weight.batch * max(counts, default=0)
+    return nodes * _BYTES_PER_NODE
 
 
 def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:
@@ -319,4 +357,5 @@ def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:
     recipe = plan.planned[0].recipe
     about = len(recipe.to_yaml()) + len(json.dumps(recipe.to_dict())) + _REPORT_BYTES
     members = sum(item.weight.batch for item in plan.planned)
+    graph += _node_bytes(plan)
     return kept + graph + functions + about + members * (_GRAPH_BYTES_PER_WEIGHT + 3 * _ALIGNMENT)

@@ -1,7 +1,7 @@
 """Measured curves on disk, so that another size of the same model costs seconds.
 
 One file for each model, recipe and calibration data. It holds no formats: a point is its plan among a weight's options,
-and a width, or the depths of every block.
+and a width, the depths of every block, or the planes of every row.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from onnxq.formats.binary import BinaryFormat
 from onnxq.formats.float8 import Float8Format
 from onnxq.formats.mixed import MixedFormat
 from onnxq.pipeline.plan import Planned
+from onnxq.pipeline.words import planes_of_rows
 
-_VERSION = 3
+_VERSION = 4
 """Curves of another version of their measurement are not taken up again."""
 _MOST_FILES = 32
 
@@ -92,20 +93,24 @@ class CurveCache:
 
 
 def _stored(item: Planned, points: Sequence[Point[Planned]], place: int) -> dict[str, np.ndarray]:
-    """Arrays for the file: bits, loss, option and width of each point; order and depths of those that are mixed."""
+    """Arrays for the file: bits, loss, option and width of each point; planes by row; order and depths if mixed."""
     recipes = [option.recipe.linear for option in item.options]
-    rows, depths, order = [], [], b""
+    rows, planes, depths, order = [], [], [], b""
     for point in points:
         format, width = point.choice.formats[0], 0
         if isinstance(format, MixedFormat):
             depths.append(format.by_band())
             order = format.order
+        elif point.choice.words is not None:
+            planes.append(planes_of_rows(point.choice.formats, point.choice.rows))
         elif isinstance(format, BinaryFormat):
             width = len(format.planes)
         elif not isinstance(format, Float8Format):
             width = format.bits
         rows.append([point.bits, point.loss, recipes.index(point.choice.recipe.linear), width])
     arrays = {f"points.{place}": np.array(rows, np.float64)}
+    if planes:
+        arrays[f"planes.{place}"] = np.stack(planes)
     if depths:
         arrays |= {f"depths.{place}": np.stack(depths), f"order.{place}": np.frombuffer(order, np.uint16)}
     return arrays
@@ -113,14 +118,17 @@ def _stored(item: Planned, points: Sequence[Point[Planned]], place: int) -> dict
 
 def _restored(item: Planned, arrays: Any, place: int) -> list[Point[Planned]]:
     plans = item.options
-    depths = iter(arrays.get(f"depths.{place}", ()))
+    depths, planes = (iter(arrays.get(f"{kind}.{place}", ())) for kind in ("depths", "planes"))
     points = []
     for bits, loss, option, width in arrays[f"points.{place}"]:
         plan = plans[int(option)]
         flat = plan.formats[0]
         if isinstance(flat, MixedFormat):
-            formats: Any = (MixedFormat.of(flat.band, arrays[f"order.{place}"], next(depths)),)
+            mixed = MixedFormat.of(flat.band, arrays[f"order.{place}"], next(depths))
+            choice = dataclasses.replace(plan, formats=(mixed,))
+        elif plan.words is not None:
+            choice = plan.with_planes(next(planes))
         else:
-            formats = plan.formats_at(int(width))
-        points.append(Point(int(bits), float(loss), dataclasses.replace(plan, formats=formats)))
+            choice = dataclasses.replace(plan, formats=plan.formats_at(int(width)))
+        points.append(Point(int(bits), float(loss), choice))
     return points

@@ -10,7 +10,9 @@ Measured with nearest rounding on evenly spaced rows of each weight; prices are 
 4. without sensitivities: the squared error over the squares, inputs weighed by their mean squares where there are any;
 5. with sensitivities, times what a few weights that are solved for trial say (`onnxq.pipeline.trials`).
 
-Mixed depths have curves of their own, in the same unit (`onnxq.pipeline.mixed`).
+Mixed depths have curves of their own, in the same unit (`onnxq.pipeline.mixed`), and so have tables with planes row by
+row: their errors are found row by row, and without sensitivities rows count as often as they are read
+(`onnxq.pipeline.words`).
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ import numpy as np
 from onnxq.allocation.budget import Point
 from onnxq.calibration import InputStatistics
 from onnxq.calibration.statistics import Level
+from onnxq.formats.binary import BinaryFormat
 from onnxq.formats.files import AnyFormat
 from onnxq.formats.float8 import Float8Format
 from onnxq.formats.framed import FramedFormat, frames_of
 from onnxq.formats.uniform import UniformFormat
 from onnxq.frames import Frame
+from onnxq.passes.forms.planes import planes_cost_bits
 from onnxq.passes.forms.stock import stock_cost_bits
 from onnxq.pipeline.feedback import InputCosts, input_costs
 from onnxq.pipeline.mixed import mixed_curves
@@ -84,7 +88,8 @@ def measure_curves(
                     curves[name] += mixed[name]
                     continue
                 gain = _feedback_gain(option, sample, costs)
-                curves[name] += [dataclasses.replace(p, loss=p.loss / gain) for p in _curve(option, sample)]
+                points = _curve(option, sample) if option.words is None else _words_curve(option, sample)
+                curves[name] += [dataclasses.replace(p, loss=p.loss / gain) for p in points]
             if name in tried:
                 trials.add(item, curves[name], halves.of(item.weight))
             progress.advance(1, name)
@@ -124,6 +129,7 @@ class _Sample:
     Attributes:
         rows: float32 [R, K].
         statistics: of the weight's inputs.
+        sensitivity: of the weight; None where no gradient reached it.
     """
 
     def __init__(self, item: Planned, halves: Halves, sensitivity: WeightSensitivity | None) -> None:
@@ -134,14 +140,14 @@ class _Sample:
         # Nearest rounding and losses look at mean squares alone.
         seen = [dataclasses.replace(half, second_moment=None) for half in halves.of(weight) if half is not None]
         self.statistics = functools.reduce(InputStatistics.merge, seen) if seen else None
-        self._sensitivity = sensitivity
+        self.sensitivity = sensitivity
         self._importance = None if self.statistics is None else self.statistics.diagonal.astype(np.float64)
         self._energy = self.squares(self.rows)
 
     def loss(self, error: np.ndarray) -> float:
         """What an error of the rows, [R, K], stands for (rules 1 and 4)."""
-        if self._sensitivity is not None:
-            return self._sensitivity.loss(self._picked, error)
+        if self.sensitivity is not None:
+            return self.sensitivity.loss(self._picked, error)
         return self.squares(error) / self._energy if self._energy else 0.0
 
     def squares(self, rows: np.ndarray) -> float:
@@ -151,19 +157,39 @@ class _Sample:
 
 
 def _curve(item: Planned, sample: _Sample) -> Curve:
-    weight, stock = item.weight, item.recipe.target == "stock"
+    if item.trained:  # nothing is rounded
+        return [Point(_price(item), 0.0, item)]
     points = []
     for bits in item.widths:
-        formats = item.formats_at(bits)
-        loss = min(sample.loss(sample.rows - _rounded(sample, format)) for format in formats)
-        cost = weight.batch * max(format.cost_bits(weight.n, weight.k) for format in formats)
-        if stock:
-            cost = max(cost, weight.batch * max(_stock_cost(format, weight.n, weight.k) for format in formats))
-        points.append(Point(cost, loss, dataclasses.replace(item, formats=formats)))
+        choice = dataclasses.replace(item, formats=item.formats_at(bits))
+        loss = min(sample.loss(sample.rows - _rounded(sample, format)) for format in choice.formats)
+        points.append(Point(_price(choice), loss, choice))
+    return points
+
+
+def _price(item: Planned) -> int:
+    """Bits on disk, of the larger form where target "stock" chooses between several."""
+    cost, weight = item.cost_bits, item.weight
+    if item.recipe.target != "stock":
+        return cost
+    stock = weight.batch * max(_stock_cost(format, weight.n, weight.k) for format in item.formats)
+    return stock if isinstance(item.formats[0], BinaryFormat) else max(cost, stock)
+
+
+def _words_curve(item: Planned, sample: _Sample) -> Curve:
+    """Rule 1 with errors of all rows; or rule 4 with rows weighed by their readers, and inputs alike."""
+    words = item.words
+    assert words is not None
+    points = []
+    for planes in words.choices():
+        choice = item.with_planes(planes)
+        points.append(Point(_price(choice), words.loss(planes, sample.sensitivity), choice))
     return points
 
 
 def _rounded(sample: _Sample, format: AnyFormat) -> np.ndarray:
+    if isinstance(format, BinaryFormat):  # knows how many rows there are
+        format = BinaryFormat.of(len(sample.rows), len(format.planes), format.group_size, offset=format.offset)
     return encode(sample.rows, format, SolverSpec(name="nearest"), sample.statistics).dequantize()
 
 
@@ -187,5 +213,7 @@ def _stock_cost(format: AnyFormat, n: int, k: int) -> int:
         return _stock_cost(format.inner, *format.coefficients(n, k))
     if isinstance(format, Float8Format):  # scales in float32
         return format.cost_bits(n, k) + 16 * n * format.groups(k)
+    if isinstance(format, BinaryFormat):
+        return planes_cost_bits(format, n, k)
     assert isinstance(format, UniformFormat), "recipes for stock ONNX Runtime have uniform grids"
     return stock_cost_bits(format, n, k)

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxq.calibration import CalibrationData
 from onnxq.graph import LoadedModel
+from onnxq.pipeline.bank import EncodingBank
 from onnxq.pipeline.plan import Plan
 from onnxq.pipeline.resume import file_identity
 from onnxq.pipeline.stages import Stages
@@ -30,6 +31,8 @@ class Job:
     threads: int | None
     progress: Progress
     budget: tuple[BudgetRecord, ...] = ()
+    trained: EncodingBank | None = None
+    counts: np.ndarray | None = None
 
     @property
     def stages(self) -> Stages:
@@ -43,6 +46,8 @@ class Job:
             "source": [file_identity(path) for path in (self.loaded.path, *sorted(self.loaded.external_files))],
             "recipe": self.recipe.digest(),
             "data": None if data is None else [data.name, data.samples, _fingerprint(data)],
+            "trained": None if self.trained is None else [str(self.trained.folder), len(self.trained)],
+            "counts": None if self.counts is None else hashlib.sha256(self.counts.tobytes()).hexdigest(),
             "version": __version__,
         }
 

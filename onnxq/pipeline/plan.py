@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from onnxq.calibration.statistics import Level
+from onnxq.errors import RecipeError
 from onnxq.formats import packing
 from onnxq.formats.binary import MOST_PLANES, BinaryFormat
 from onnxq.formats.codebook import CodebookFormat
@@ -19,6 +20,7 @@ from onnxq.frames import Frame
 from onnxq.graph import SiteReport, Weight
 from onnxq.passes.forms.kernel import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS
 from onnxq.passes.rewrite import site_refusal
+from onnxq.pipeline.words import Words, words_of
 from onnxq.recipe import BinarySpec, Float8Spec, GridSpec, LinearPlan, Recipe, SolverSpec, TablePlan
 from onnxq.report.records import KeptRecord
 from onnxq.solvers.mixed import bands_of
@@ -41,10 +43,14 @@ class Planned:
         formats: how it may be stored, all at about one price; the one with the least loss is kept.
         solver: what will choose the codes.
         grid: what the recipe asked for.
+        codes: what it asked for in place of the grid, or None.
         recipe: what was applied to it: the run's, without the frame for a weight that is in its frame already.
         accuracy_level: activations of its products, as in MatMulNBits.
         note: what the report should say of the plan, or empty.
         alternatives: other plans, of which a budget may take one instead.
+        trained: its values are what encodings decode to that were given with the model, and that it takes.
+        words: what decides the planes of its rows one by one; None where all have as many.
+        rows: int32 [N], its rows in the order in which they are stored; None for natural.
     """
 
     weight: Weight
@@ -55,6 +61,10 @@ class Planned:
     accuracy_level: int
     note: str = ""
     alternatives: tuple[Planned, ...] = ()
+    trained: bool = False
+    codes: Float8Spec | BinarySpec | None = None
+    words: Words | None = None
+    rows: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def options(self) -> tuple[Planned, ...]:
@@ -73,7 +83,12 @@ class Planned:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths that its formats have; of depths that are mixed, those that a block may have."""
+        """The widths that its formats have; of depths that are mixed, those that a block may have.
+
+        A trained weight has the one that it was trained to, called 0.
+        """
+        if self.trained:
+            return (0,)
         if isinstance(self.formats[0], Float8Format):
             return (8,)
         if isinstance(self.formats[0], BinaryFormat):
@@ -82,13 +97,18 @@ class Planned:
 
     def formats_at(self, bits: int) -> tuple[AnyFormat, ...]:
         """How it may be stored at one of its widths, all at one price."""
-        if isinstance(self.formats[0], Float8Format):
+        if self.trained or isinstance(self.formats[0], Float8Format):
             return self.formats
         if isinstance(self.formats[0], BinaryFormat):
-            spec = _codes(self.recipe.linear if "linear" in self.weight.kinds else self.recipe.tables)
-            assert isinstance(spec, BinarySpec), "binary formats come from such a specification"
-            return (spec.format(self.weight.n, bits),)
+            assert isinstance(self.codes, BinarySpec), "binary formats come from such a specification"
+            return (self.codes.format(self.weight.n, bits),)
         return _formats(self.weight, self.recipe, dataclasses.replace(self.grid, bits=bits))
+
+    def with_planes(self, planes: np.ndarray) -> Planned:
+        """The plan with planes of every row, int [N], in place of its formats."""
+        assert isinstance(self.codes, BinarySpec), "planes are of binary codes"
+        format, rows = self.codes.by_row(planes)
+        return dataclasses.replace(self, formats=(format,), rows=rows)
 
     @property
     def label(self) -> str:
@@ -117,6 +137,14 @@ class Plan:
     kept: tuple[KeptRecord, ...]
     notes: tuple[str, ...]
 
+    def keeping_all(self, reason: str) -> Plan:
+        """The plan of a model that stays as it is."""
+        stay = tuple(
+            KeptRecord(item.weight.name, item.weight.shape, item.weight.dtype.name, item.weight.bytes, reason)
+            for item in self.planned
+        )
+        return Plan((), (*self.kept, *stay), self.notes)
+
 
 def make_plan(
     found: SiteReport,
@@ -125,6 +153,8 @@ def make_plan(
     calibrated: bool,
     origins: Mapping[str, str] | None = None,
     in_frame: Collection[str] = (),
+    trained: Callable[[Weight], tuple[AnyFormat, ...] | None] | None = None,
+    counts: Callable[[Weight], np.ndarray | None] | None = None,
 ) -> Plan:
     """Applies a recipe to the constants of a model.
 
@@ -134,6 +164,8 @@ def make_plan(
         calibrated: whether there will be statistics.
         origins: by name of a weight that another was made into, the name that the recipe's rules know it by.
         in_frame: names of weights that are in their frame already.
+        trained: gives the formats of weights that were trained to what encodings decode to, None for others.
+        counts: gives how often each row of a table is looked up, int64 [N], None where it was not counted.
     """
     planned: list[Planned] = []
     kept = [
@@ -142,6 +174,12 @@ def make_plan(
     for weight in found.weights:
         origin = (origins or {}).get(weight.name, weight.name)
         decided = _decide(weight, _unframed(recipe) if weight.name in in_frame else recipe, calibrated, origin)
+        formats = None if trained is None else trained(weight)
+        if isinstance(decided, Planned) and formats is not None:
+            planned.append(_as_trained(decided, formats))
+            continue
+        if isinstance(decided, Planned):
+            decided = _with_words(decided, counts)
         if isinstance(decided, Planned):
             planned.append(dataclasses.replace(decided, alternatives=_alternatives(weight, recipe, calibrated, origin)))
         else:
@@ -155,9 +193,16 @@ def make_plan(
     return Plan(tuple(planned), tuple(kept), tuple(notes))
 
 
+def _as_trained(planned: Planned, formats: tuple[AnyFormat, ...]) -> Planned:
+    """Takes the formats that a weight was trained to, and rounds nothing."""
+    note = "trained to these codes: nothing is rounded again"
+    solver = dataclasses.replace(planned.solver, name="nearest")
+    return dataclasses.replace(planned, formats=formats, solver=solver, note=note, trained=True)
+
+
 def _alternatives(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> tuple[Planned, ...]:
     """What the recipe's other plans make of a weight that no rule speaks of and products alone read."""
-    if weight.kinds != ("linear",) or recipe.rule_for([name, *(site.name for site in weight.sites)]) is not None:
+    if weight.kinds != ("linear",) or recipe.rule_for(_names(weight, name)) is not None:
         return ()
     others = (dataclasses.replace(recipe, linear=plan) for plan in recipe.alternatives)
     decided = (_decide(weight, other, calibrated, name) for other in others)
@@ -170,17 +215,15 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
         refusal = site_refusal(site, weight)
         if refusal is not None:
             return f"{site.name}: {refusal}"
-    rule = recipe.rule_for([name, *(site.name for site in weight.sites)])
+    rule = recipe.rule_for(_names(weight, name))
     if rule is not None and rule.keep:
         return f"kept by the rule {rule.match!r}"
     elements = weight.batch * weight.n * weight.k
     if elements < recipe.min_elements:
         return f"{elements} elements, fewer than min_elements {recipe.min_elements}"
     linear = "linear" in weight.kinds
-    grid = recipe.linear.grid if linear else recipe.tables.grid
-    if rule is not None:
-        grid = rule.grid
-    codes = None if rule is not None else _codes(recipe.linear if linear else recipe.tables)
+    plan = recipe.linear if linear else recipe.tables
+    grid, codes = (plan.grid, _codes(plan)) if rule is None else (rule.grid, rule.binary)
     if grid is None:
         if codes is None:
             return "a table, and the recipe leaves tables alone"
@@ -199,10 +242,43 @@ def _decide(weight: Weight, recipe: Recipe, calibrated: bool, name: str) -> Plan
     remarks = _remarks(weight, formats, grid)
     if linear and rule is None and recipe.linear.mixed is not None and not mixed:
         remarks.append(f"one depth: {_UNMIXED}")
-    planned = Planned(weight, formats, solver, grid, recipe, level, "; ".join(remarks))
-    if planned.cost_bits >= 8 * weight.bytes:
+    planned = Planned(weight, formats, solver, grid, recipe, level, "; ".join(remarks), codes=codes)
+    return _if_smaller(planned)
+
+
+def _if_smaller(planned: Planned) -> Planned | str:
+    if planned.cost_bits >= 8 * planned.weight.bytes:
         return f"{planned.label} would take {planned.cost_bits // 8} bytes, no fewer than it has"
     return planned
+
+
+def _with_words(planned: Planned, counts: Callable[[Weight], np.ndarray | None] | None) -> Planned | str:
+    """The plan with planes row by row, where the recipe wants them and look-ups read the weight.
+
+    Raises:
+        RecipeError: nothing was counted.
+    """
+    weight, codes = planned.weight, planned.codes
+    if not isinstance(codes, BinarySpec) or codes.words is None:
+        return planned
+    if "table" not in weight.kinds:
+        return planned
+    if counts is None:
+        raise RecipeError(
+            f"{weight.name}: bits per word need token counts: give --token-counts TEXT with a tokenizer, or leave "
+            '"words" out of the recipe.'
+        )
+    found = counts(weight)
+    if found is not None:
+        words = words_of(weight, codes, planned.solver, found)
+        return _if_smaller(dataclasses.replace(planned, words=words).with_planes(words.planes()))
+    note = "planes are alike in all rows: its look-ups were not counted"
+    return dataclasses.replace(planned, note="; ".join(text for text in (planned.note, note) if text))
+
+
+def _names(weight: Weight, name: str) -> list[str]:
+    """What rules may know a weight by: a name, those of its sites, its part."""
+    return [name, *(site.name for site in weight.sites), f"part:{weight.part}"]
 
 
 def _mixes(weight: Weight, recipe: Recipe) -> bool:

@@ -38,7 +38,7 @@ def weight_record(
     said = "; ".join(text for text in (item.note, solved.note, *notes) if text)
     return WeightRecord(
         name=weight.name,
-        kinds=weight.kinds,
+        kinds=weight.own_kinds,
         sites=len(weight.sites),
         shape=(weight.batch * weight.n, weight.k),
         format=" and ".join(dict.fromkeys(encoding.format.label() for encoding in solved.encodings)),
@@ -59,7 +59,7 @@ def planned_report(job: Job, out: Path, started: float) -> QuantizeReport:
     records = tuple(
         WeightRecord(
             name=item.weight.name,
-            kinds=item.weight.kinds,
+            kinds=item.weight.own_kinds,
             sites=len(item.weight.sites),
             shape=(item.weight.batch * item.weight.n, item.weight.k),
             format=item.label,

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from onnxq.formats.files import AnyEncoding, encoding_from_arrays, encoding_to_arrays
+from onnxq.formats.files import AnyEncoding
+from onnxq.pipeline.bank import EncodingBank
 
 _KEY_FILE = "run.json"
 
 
 class ResumeStore:
-    """A folder beside the output with one file per solved weight.
+    """A folder beside the output with one file for each solved weight, by what the weight holds.
 
-    It belongs to one run: same source, recipe, seed, budget and calibration data. A folder of another run is emptied.
+    It belongs to one run: same sources, recipe, seed, budget and calibration data. A folder of another run is emptied.
+    All graphs of a folder have one store, so that a weight which they share is solved once.
 
     Args:
         folder: where to keep the files; made when the first weight is saved.
@@ -29,10 +27,11 @@ class ResumeStore:
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self.folder = folder
         self._key = json.dumps(key, sort_keys=True)
+        self._bank = EncodingBank(folder)
         self.found = 0
         if folder.is_dir():
             if self._stored_key() == self._key:
-                self.found = len(list(folder.glob("*.npz")))
+                self.found = len(self._bank)
             else:
                 self.discard()
 
@@ -42,16 +41,9 @@ class ResumeStore:
         except OSError:
             return ""
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"
-
-    def load(self, name: str) -> AnyEncoding | None:
-        """The encoding of a weight (or of one member of a stack), if an earlier run solved it."""
-        file = self._file(name)
-        if not self.found or not file.is_file():
-            return None
-        with np.load(file) as arrays:
-            return encoding_from_arrays(arrays)
+    def load(self, content: str) -> AnyEncoding | None:
+        """The encoding of a weight (or of one member of a stack) with this content, if it was solved already."""
+        return self._bank.find(content)
 
     def open(self) -> None:
         """Makes the folder, for what else a run keeps in its subfolders."""
@@ -59,14 +51,10 @@ class ResumeStore:
             self.folder.mkdir()
             (self.folder / _KEY_FILE).write_text(self._key)
 
-    def save(self, name: str, encoding: AnyEncoding) -> None:
+    def save(self, content: str, encoding: AnyEncoding) -> None:
         """Keeps a solved weight; complete or not at all."""
         self.open()
-        arrays: dict[str, Any] = encoding_to_arrays(encoding)
-        partial = self._file(name).with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, self._file(name))
+        self._bank.keep(content, encoding)
 
     def discard(self) -> None:
         """Removes the folder: the run is finished, or can't be."""

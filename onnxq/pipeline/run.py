@@ -9,21 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxq.calibration import (
-    CalibrationData,
-    model_inputs,
-    open_data,
-)
+import numpy as np
+
 from onnxq.errors import BudgetError, OnnxqError
-from onnxq.graph import LoadedModel, StreamingWriter, find_weights, load
-from onnxq.passes.fold import FoldFramesPass
-from onnxq.passes.functions import inline_functions_with_sites
+from onnxq.graph import StreamingWriter, load
+from onnxq.pipeline.bank import EncodingBank
 from onnxq.pipeline.budget import Budget, fit_budget
 from onnxq.pipeline.curve_cache import CurveCache, Curves
 from onnxq.pipeline.curves import measure_curves
-from onnxq.pipeline.distil import check_distillable
 from onnxq.pipeline.job import Job
-from onnxq.pipeline.plan import Planned, frame_of, is_planned, make_plan
+from onnxq.pipeline.plan import Planned
+from onnxq.pipeline.prepare import Given, counted, inline, make_job, open_calibration
 from onnxq.pipeline.records import planned_report
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.pipeline.sensitivity import Weighing, weigh
@@ -45,6 +41,8 @@ def quantize(
     bits: float | None = None,
     table_bits: float | None = None,
     max_error: float | None = None,
+    encodings: str | Path | None = None,
+    token_counts: np.ndarray | str | Path | None = None,
     threads: int | None = None,
     force: bool = False,
     plan_only: bool = False,
@@ -67,6 +65,10 @@ def quantize(
         bits, table_bits: ceilings of the mean bits of products' weights and of tables, side data counted.
         max_error: ceiling of what rounding is expected to do to the outputs, which then decides the size: a relative
             error, such as 0.1 for 10 %, or for logits a divergence in nats.
+        encodings: a folder of encodings that weights were trained to (`onnxq.train`): a weight that is what one of them
+            decodes to takes it as it is.
+        token_counts: how often each row of a table is looked up, for bits per word: int64 [V], a ``.npy`` of it, or a
+            text file to be counted (with `tokenizer`).
         threads: threads of calibration runs; None leaves it to ONNX Runtime.
         force: replace an existing output.
         plan_only: work out formats and sizes, solve and write nothing.
@@ -84,35 +86,20 @@ def quantize(
     started = time.monotonic()
     progress = progress or NullProgress()
     chosen = Recipe.load(recipe) if isinstance(recipe, str) else recipe
-    budget = Budget(size, bits, table_bits, max_error)
-    if chosen.chooses and budget.size is None and budget.bits is None and budget.max_error is None:
-        budget = dataclasses.replace(budget, bits=float(chosen.linear.grid.bits))
+    budget = Budget(size, bits, table_bits, max_error).or_default(chosen)
     progress.start("reading the model", None)
     loaded = load(model)
     out = Path(output)
     # The writer checks the output path now, before hours of work, and writes nothing until the first weight is solved.
     writer = StreamingWriter(out, force=force, source=loaded)
-    inlined = inline_functions_with_sites(loaded.model)
-    found = find_weights(loaded.model)
-    data = _open(calibration, loaded, chosen, tokenizer)
-    if chosen.distillation is not None and data is not None:
-        check_distillable(loaded, data)
-    fold = FoldFramesPass(
-        found.weights, lambda weight: frame_of(weight, chosen), lambda weight: is_planned(weight, chosen)
-    )
-    if fold(loaded.model).modified:
-        found = find_weights(loaded.model)
-    plan = make_plan(found, chosen, calibrated=data is not None, origins=fold.origins, in_frame=fold.in_frame)
-    for item in fold.folded:
-        note = f"the frame between {item.before} and {', '.join(item.after)} is folded into both: no transform is left"
-        plan = dataclasses.replace(plan, notes=(*plan.notes, note))
-    if inlined:
-        note = f"inlined the functions {', '.join(inlined)}: weights inside them can't be replaced"
-        plan = dataclasses.replace(plan, notes=(*plan.notes, note))
-    if not plan.planned:
-        reasons = "; ".join(sorted({kept.reason for kept in plan.kept})[:5])
+    notes = inline(loaded)
+    trained = None if encodings is None else EncodingBank.existing(encodings)
+    counts = counted(token_counts, tokenizer)
+    given = Given(chosen, threads, progress, trained, counts)
+    job = make_job(loaded, open_calibration(calibration, loaded, chosen, tokenizer), given, notes=notes)
+    if not job.plan.planned:
+        reasons = "; ".join(sorted({kept.reason for kept in job.plan.kept})[:5])
         raise OnnxqError(f"{loaded.path} holds no weight that the recipe quantises ({reasons}).")
-    job = Job(loaded, chosen, plan, data, threads, progress)
     # A plan writes nothing, and must leave what an interrupted run left.
     store = (
         None
@@ -186,20 +173,3 @@ def _curve_source(job: Job, folder: Path | None, checkpoint: Path | None) -> Cal
         return curves
 
     return curves_of
-
-
-def _open(
-    calibration: Any, loaded: LoadedModel, recipe: Recipe, tokenizer: str | Path | None
-) -> CalibrationData | None:
-    if calibration is None:
-        return None
-    spec = recipe.calibration
-    return open_data(
-        calibration,
-        model_inputs(loaded.model),
-        tokenizer=tokenizer,
-        batch_size=spec.batch_size,
-        max_samples=spec.max_samples,
-        max_length=spec.max_length,
-        seed=recipe.seed,
-    )

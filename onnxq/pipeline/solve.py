@@ -18,6 +18,8 @@ from onnxq.formats.framed import FramedEncoding, FramedFormat, frames_of, into_f
 from onnxq.formats.mixed import MixedFormat
 from onnxq.formats.uniform import UniformEncoding, UniformFormat
 from onnxq.graph import Weight
+from onnxq.graph.shared import content_of
+from onnxq.pipeline.bank import EncodingBank
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.recipe import SolverSpec
@@ -64,8 +66,10 @@ def statistics_of(weight: Weight, collected: Collected) -> InputStatistics | Non
     return merged
 
 
-def solve_weight(planned: Planned, statistics: InputStatistics | None, store: ResumeStore) -> Solved:
-    """Encodes every member of a weight.
+def solve_weight(
+    planned: Planned, statistics: InputStatistics | None, store: ResumeStore, trained: EncodingBank | None = None
+) -> Solved:
+    """Encodes every member of a weight, unless it was solved already or trained to what an encoding decodes to.
 
     Peak memory: about three copies of the weight in float32, and what the solver states.
     """
@@ -75,12 +79,13 @@ def solve_weight(planned: Planned, statistics: InputStatistics | None, store: Re
     if spec.name == "error-feedback" and moment is None:
         spec = dataclasses.replace(spec, name="nearest")
         note = "rounded to nearest: calibration saw no input of it"
-    encodings, changed, total, losses = [], 0.0, 0.0, []
-    for name, member in _members(weight):
-        encoding = store.load(name)
+    encodings, changed, total, losses, anew = [], 0.0, 0.0, [], False
+    for member in _members(weight):
+        content = content_of(member)
+        encoding = store.load(content) if trained is None or not planned.trained else trained.find(content)
         if encoding is None or encoding.format not in planned.formats:
-            encoding = _best(member, planned.formats, spec, statistics)
-            store.save(name, encoding)
+            encoding, anew = _best(member, planned.formats, spec, statistics, planned.rows), True
+            store.save(content, encoding)
         decoded = encoding.dequantize()
         energy = float(np.vdot(member, member))
         changed += relative_error(member, decoded) * energy if energy else 0.0
@@ -89,21 +94,33 @@ def solve_weight(planned: Planned, statistics: InputStatistics | None, store: Re
             losses.append(relative_proxy_loss(member, decoded, moment))
         encodings.append(encoding)
     loss = float(np.mean(losses)) if losses else None
-    return Solved(tuple(encodings), spec.name, changed / total if total else 0.0, loss, note)
+    if not anew:  # an earlier run or another graph of the folder solved it, with what it saw
+        spec, note = planned.solver, ""
+    solver = "training" if planned.trained else spec.name
+    return Solved(tuple(encodings), solver, changed / total if total else 0.0, loss, note)
 
 
-def _members(weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
+def encode_nearest(planned: Planned) -> tuple[AnyEncoding, ...]:
+    """Every member of a weight rounded to nearest, inputs alike: what a quick trial is made of."""
+    spec = SolverSpec(name="nearest")
+    return tuple(_best(member, planned.formats, spec, None, planned.rows) for member in _members(planned.weight))
+
+
+def _members(weight: Weight) -> Iterator[np.ndarray]:
     for index in range(weight.batch):
-        name = weight.name if weight.batch == 1 else f"{weight.name}.{index}"
-        yield name, weight.rows(index * weight.n, (index + 1) * weight.n)
+        yield weight.rows(index * weight.n, (index + 1) * weight.n)
 
 
 def _best(
-    member: np.ndarray, formats: Sequence[AnyFormat], spec: SolverSpec, statistics: InputStatistics | None
+    member: np.ndarray,
+    formats: Sequence[AnyFormat],
+    spec: SolverSpec,
+    statistics: InputStatistics | None,
+    rows: np.ndarray | None,
 ) -> AnyEncoding:
-    """The encoding with the least loss among formats of one price."""
+    """The encoding with the least loss among formats of one price; rows are stored in an order, or as they lie."""
     domains: dict[Any, _Domain] = {}
-    encodings = [_encode(member, format, spec, statistics, domains) for format in formats]
+    encodings = [_encode(member, format, spec, statistics, domains, rows) for format in formats]
     if len(encodings) == 1:
         return encodings[0]
     return min(encodings, key=lambda encoding: _loss(member, encoding, statistics))
@@ -146,8 +163,12 @@ def _encode(
     spec: SolverSpec,
     statistics: InputStatistics | None,
     domains: dict[Any, _Domain],
+    rows: np.ndarray | None = None,
 ) -> AnyEncoding:
-    """As `encode`, with the domains that other formats of the weight met, to which it may add one."""
+    """As `encode`, with the domains that other formats of the weight met, to which it may add one.
+
+    Planes of rows may differ, and `rows` then says in which order they are stored.
+    """
     moment = None if statistics is None or spec.name == "nearest" else statistics.second_moment
     importance = None if statistics is None else statistics.diagonal
     if not isinstance(format, FramedFormat):
@@ -161,8 +182,8 @@ def _encode(
         if isinstance(format, BinaryFormat):
             fit = BinaryFit.GREEDY if spec.levels == "greedy" else BinaryFit.ALTERNATING
             if domain.moment is None:
-                return binary_codes(member, format, importance, fit=fit)
-            return binary_feedback(member, format, domain.factor)
+                return binary_codes(member, format, importance, rows=rows, fit=fit)
+            return binary_feedback(member, format, domain.factor, rows=rows)
         return _encode_plain(domain, format)
     inputs, outputs = frames_of(format, *member.shape)
     key = (inputs.key, None if outputs is None else outputs.key)

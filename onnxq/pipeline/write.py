@@ -48,7 +48,7 @@ def solve_and_write(job: Job, writer: StreamingWriter, store: ResumeStore, start
         for item in portion:
             began = time.monotonic()
             statistics = None if collected is None else statistics_of(item.weight, collected)
-            solved = solve_weight(item, statistics, store)
+            solved = solve_weight(item, statistics, store, job.trained)
             if sequence is not None:
                 for name, array in dequantized_roots(item.weight, solved.encodings).items():
                     sequence.replace(name, array)

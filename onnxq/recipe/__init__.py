@@ -6,7 +6,7 @@ Unknown keys are refused with the nearest valid name; values out of range with w
 from onnxq.recipe.plans import ActivationSpec, LinearPlan, Rule, SolverSpec, TablePlan
 from onnxq.recipe.recipe import Recipe, presets, uniform_recipe
 from onnxq.recipe.settings import AllocationSpec, CalibrationSpec, DistillationSpec
-from onnxq.recipe.storage import BinarySpec, Float8Spec, FrameSpec, GridSpec, GroupSize, MixedSpec
+from onnxq.recipe.storage import BinarySpec, Float8Spec, FrameSpec, GridSpec, GroupSize, MixedSpec, WordSpec
 
 __all__ = [
     "ActivationSpec",
@@ -24,6 +24,7 @@ __all__ = [
     "Rule",
     "SolverSpec",
     "TablePlan",
+    "WordSpec",
     "presets",
     "uniform_recipe",
 ]

@@ -146,14 +146,18 @@ class Rule:
     """An exception by name; the first rule that matches decides.
 
     Attributes:
-        match: a glob over weight names and site names, such as "*.layer.0.*".
+        match: a glob over weight names, site names, such as "*.layer.0.*", and parts, such as "part:decoder.*"
+            (`onnxq.graph.parts`).
         keep: leave the weight in float.
         grid: another grid.
+        binary: planes of signs.
     """
 
     match: str
     keep: bool = False
     grid: GridSpec | None = None
+    binary: BinarySpec | None = None
 
     def __post_init__(self) -> None:
-        require(self.keep != (self.grid is not None), f"the rule for {self.match!r} must say either keep or grid")
+        said = [self.keep, self.grid is not None, self.binary is not None]
+        require(sum(said) == 1, f"the rule for {self.match!r} must say one of keep, grid and binary")

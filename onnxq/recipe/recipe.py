@@ -20,7 +20,7 @@ from onnxq.recipe.build import build
 from onnxq.recipe.checks import nearest_name, require, require_choices
 from onnxq.recipe.plans import ActivationSpec, LinearPlan, Rule, SolverSpec, TablePlan
 from onnxq.recipe.settings import AllocationSpec, CalibrationSpec, DistillationSpec
-from onnxq.recipe.storage import BinarySpec, Float8Spec, FrameSpec, GridSpec, GroupSize, MixedSpec
+from onnxq.recipe.storage import BinarySpec, Float8Spec, FrameSpec, GridSpec, GroupSize, MixedSpec, WordSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,8 @@ class Recipe:
         require(plain, "distillation moves the scales of integer codes; leave it, or float8 and binary, out")
         require(self.min_elements >= 0, f"min_elements is {self.min_elements}; it must be 0 or more")
         if self.target == "stock":
-            for name, what in (("mixed", "mixed depths"), ("binary", "binary codes")):
-                none = not any(getattr(plan, name) for plan in plans)
-                require(none, f'target is "stock", which has no {what}: leave linear.{name} out, or use "kernel"')
-            require(not self.tables.binary, 'target is "stock", which has no binary codes: leave tables.binary out')
+            none = not any(plan.mixed for plan in plans)
+            require(none, 'target is "stock", which has no mixed depths: leave linear.mixed out, or use "kernel"')
             _require_whole_zeros(self.linear.grid, "linear.grid")
             for index, plan in enumerate(self.alternatives):
                 _require_whole_zeros(plan.grid, f"alternatives[{index}].grid")
@@ -78,6 +76,13 @@ class Recipe:
     def chooses(self) -> bool:
         """Whether formats follow from a budget, so that there must be one."""
         return self.linear.mixed is not None or bool(self.alternatives)
+
+    @property
+    def counts_words(self) -> bool:
+        """Whether planes of tables follow from how often tokens occur."""
+        codes = [self.tables.binary, *(plan.binary for plan in (self.linear, *self.alternatives))]
+        codes += [rule.binary for rule in self.rules]
+        return any(spec is not None and spec.words is not None for spec in codes)
 
     def formats(self, grid: GridSpec, *, products: bool, look_ups: bool) -> tuple[AnyFormat, ...]:
         """How a weight may be stored on a grid, all at one price.
@@ -198,6 +203,8 @@ def presets() -> Mapping[str, Recipe]:
 
 
 _INT8_COLUMNS = GridSpec(8, "column", "integer")
+_POSITIONS = Rule("part:positions", keep=True)
+_CLUSTERS = WordSpec("frequency")
 _PRESETS = {
     recipe.name: recipe
     for recipe in (
@@ -273,6 +280,39 @@ _PRESETS = {
             "Binary codes: 3 planes of signs, a scale of each for every row, error feedback; 4 planes in tables.",
             linear=LinearPlan(binary=BinarySpec(3)),
             tables=TablePlan(binary=BinarySpec(4)),
+        ),
+        Recipe(
+            "nmt",
+            "Translation and speech: binary codes or grids by sub-layer, planes for each word; to --size or --bits.",
+            linear=LinearPlan(GridSpec(3), binary=BinarySpec(3, words=WordSpec())),
+            tables=TablePlan(binary=BinarySpec(4, words=WordSpec())),
+            alternatives=(LinearPlan(),),
+            rules=(_POSITIONS,),
+            allocation=AllocationSpec(samples=24, read_weight=1.0),
+        ),
+        Recipe(
+            "nmt-int8-encoder",
+            "As nmt, with 8-bit integers in the encoder, which runs once for a sentence.",
+            linear=LinearPlan(GridSpec(3), binary=BinarySpec(3, words=WordSpec())),
+            tables=TablePlan(binary=BinarySpec(4, words=WordSpec())),
+            alternatives=(LinearPlan(),),
+            rules=(_POSITIONS, Rule("part:encoder.*", grid=GridSpec(8, "column"))),
+            allocation=AllocationSpec(samples=24, read_weight=1.0),
+        ),
+        Recipe(
+            "nmt-paper",
+            "Binary codes as published for translation: 1 to 4 bits by sub-layer, by word; made for --encodings.",
+            linear=LinearPlan(binary=BinarySpec(3), solver=SolverSpec(name="nearest", levels="greedy")),
+            tables=TablePlan(binary=BinarySpec(4, words=_CLUSTERS)),
+            rules=(
+                _POSITIONS,
+                Rule("part:embedding", binary=BinarySpec(4, words=_CLUSTERS)),
+                Rule("part:decoder.attention", binary=BinarySpec(2)),
+                Rule("part:decoder.cross", binary=BinarySpec(3)),
+                Rule("part:decoder.ffn", binary=BinarySpec(1)),
+                Rule("part:encoder.attention", binary=BinarySpec(3)),
+                Rule("part:encoder.ffn", binary=BinarySpec(4)),
+            ),
         ),
         Recipe(
             "auto",

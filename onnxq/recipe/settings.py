@@ -36,14 +36,19 @@ class AllocationSpec:
     Attributes:
         sensitivity: "gradient": by what they do to the final outputs (`onnxq.sensitivity`); needs calibration data
             and torch, and the report says where one is missing. "layer": by each weight's own relative error.
-        samples: at most so many of the calibration samples for the gradients.
+        samples: at most so many of the calibration samples for the gradients; of a folder of several graphs a trace is
+            played again with so many.
+        read_weight: what a bit counts in which a generated token is multiplied, beside its place on disk, which counts
+            1: more gives a decoder fewer bits than an encoder that runs once for a sentence. Of folders with a trace.
     """
 
     sensitivity: Literal["gradient", "layer"] = "gradient"
     samples: int = 64
+    read_weight: float = 0.0
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require(self.read_weight >= 0, f"read_weight is {self.read_weight}; it must be 0 or more")
         require(self.samples >= 1, f"samples is {self.samples}; it must be 1 or more")
 
 

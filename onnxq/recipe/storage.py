@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from fractions import Fraction
 from typing import Literal
+
+import numpy as np
 
 from onnxq.formats.binary import MOST_PLANES, BinaryFormat
 from onnxq.formats.codebook import CodebookFormat
@@ -150,6 +153,41 @@ class Float8Spec:
 
 
 @dataclasses.dataclass(frozen=True)
+class WordSpec:
+    """Planes of a table row by row, from how often each row is looked up (`onnxq.solvers.planes`).
+
+    Attributes:
+        by: "frequency" puts rows in clusters of falling frequency, each with a plane less than the one before;
+            "loss" puts planes where they save most.
+        clusters: of "frequency"; the most frequent rows have so many planes, the rarest 1.
+        ratio: of "frequency": sizes of neighbouring clusters; 1 makes them alike, more makes more rows narrow.
+        mean_planes: of "loss": planes of a row on average, at most.
+        every_row: of "loss", for a table that is also an output projection: what all its rows together count as those
+            of a projection, which reads every row for every token, where all look-ups count 1.
+    """
+
+    by: Literal["frequency", "loss"] = "loss"
+    clusters: int = 4
+    ratio: float = 1.0
+    mean_planes: float = 2.5
+    every_row: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require(1 <= self.clusters <= MOST_PLANES, f"clusters is {self.clusters}; it must be 1 to {MOST_PLANES}")
+        require(0 < self.ratio < math.inf, f"ratio is {self.ratio}; it must be above 0, such as 1 or 4")
+        require(
+            1 <= self.mean_planes <= MOST_PLANES,
+            f"mean_planes is {self.mean_planes}; it must be 1 to {MOST_PLANES}, such as 2.5",
+        )
+        require(0 <= self.every_row < math.inf, f"every_row is {self.every_row}; it must be 0 or more")
+        own = {"frequency": ("clusters", "ratio"), "loss": ("mean_planes", "every_row")}
+        for name in own["loss" if self.by == "frequency" else "frequency"]:
+            untouched = getattr(self, name) == getattr(WordSpec, name)
+            require(untouched, f'{name} has no meaning with by "{self.by}", which takes {" and ".join(own[self.by])}')
+
+
+@dataclasses.dataclass(frozen=True)
 class BinarySpec:
     """Planes of signs, each with a scale (`onnxq.formats.binary`).
 
@@ -157,11 +195,14 @@ class BinarySpec:
         planes: 1 to 6.
         group_size: inputs that share a scale: a multiple of 32, or "column".
         offset: of each group, beside its planes.
+        words: planes row by row where look-ups read a weight, which takes counts of tokens; others have `planes`.
+            Null gives all weights `planes`.
     """
 
     planes: int = 3
     group_size: GroupSize = "column"
     offset: bool = False
+    words: WordSpec | None = None
 
     def __post_init__(self) -> None:
         _require_group_size(self.group_size)
@@ -172,3 +213,8 @@ class BinarySpec:
         """The format of a weight of N rows with so many planes, as far as there are."""
         group = self.group_size if isinstance(self.group_size, int) else None
         return BinaryFormat.of(n, min(planes, MOST_PLANES), group, offset=self.offset)
+
+    def by_row(self, planes: np.ndarray) -> tuple[BinaryFormat, np.ndarray | None]:
+        """The format for planes of every row, int [N], and the order in which rows are stored: int32 [N], or None."""
+        group = self.group_size if isinstance(self.group_size, int) else None
+        return BinaryFormat.by_row(planes, group, offset=self.offset)

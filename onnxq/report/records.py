@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 REPORT_PROPERTY = "onnxq.report"
@@ -166,6 +167,40 @@ class QuantizeReport:
         report: QuantizeReport = _build(cls, {**plain, "check": None})
         check = plain.get("check")
         return dataclasses.replace(report, check=_build(OutputCheck, check)) if check else report
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderReport(Mapping[str, QuantizeReport]):
+    """What became of each graph, by file name, and of all of them.
+
+    Attributes:
+        graphs: the reports.
+        budget: the ceilings of all graphs together.
+        notes: sentences that no single graph owns.
+    """
+
+    graphs: dict[str, QuantizeReport]
+    budget: tuple[BudgetRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> QuantizeReport:
+        return self.graphs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.graphs)
+
+    def __len__(self) -> int:
+        return len(self.graphs)
+
+    @property
+    def bytes(self) -> int:
+        """Of all graphs."""
+        return sum(report.bytes for report in self.graphs.values())
+
+    @property
+    def source_bytes(self) -> int:
+        """Of all graphs before."""
+        return sum(report.source_bytes for report in self.graphs.values())
 
 
 def _mean_bits(weights: list[WeightRecord]) -> float | None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from onnxq.graph import SiteReport
 from onnxq.report.inspect import InspectedWeight, Inspection
-from onnxq.report.records import KeptRecord, OutputCheck, QuantizeReport, WeightRecord
+from onnxq.report.records import FolderReport, KeptRecord, OutputCheck, QuantizeReport, WeightRecord
 from onnxq.report.units import bits, count, decibels, duration, noise_decibels, percent, ratio, shape, size
 
 SHORT = 16
@@ -98,6 +98,23 @@ def quantize_report(
     if not planned:
         shown.append(Text(f"{duration(report.seconds)}, peak memory {size(report.peak_memory)}", style="dim"))
     return shown
+
+
+def folder_report(report: FolderReport) -> list[RenderableType]:
+    """What all graphs of a folder come to together."""
+    line = Text()
+    line.append(f"{count(len(report), 'graph')}  {size(report.source_bytes)} → ")
+    line.append(size(report.bytes), style="bold green")
+    line.append(f"  ({ratio(report.bytes, report.source_bytes)} smaller)" if report.bytes else "")
+    shown: list[RenderableType] = [line]
+    for item in report.budget:
+        if item.what == "size":
+            limit, got = f"{item.asked:,.0f} bytes", f"{report.bytes:,} bytes"
+        else:
+            limit, got = f"{item.asked:g}", f"{item.got:.4g}"
+        name = {"size": "size", "bits": "products' bits", "table_bits": "tables' bits"}.get(item.what, "expected error")
+        shown.append(Text.assemble((f"{name}: ", "dim"), f"asked for at most {limit}, got {got}"))
+    return [*shown, *notes(report.notes)]
 
 
 def _headline(report: QuantizeReport, planned: bool) -> Text:

@@ -1,7 +1,10 @@
 """How many planes each row of a table gets: by how often it is looked up, or by what it loses.
 
 `planes_by_frequency` is the paper's: rows in clusters of falling frequency, each with a plane less than the one before.
-`planes_by_loss` is ours: the plane goes where it saves most, frequency times squared error, until the budget is spent.
+`planes_by_loss` and `planes_by_mean` are ours: the plane goes where it saves most, frequency times squared error, until
+so many bits, or planes of a row on average, are spent. What planes save is measured, or of a large table estimated from
+some of its rows (`row_errors`).
+
 A table that is also an output projection is read whole for every token, so there every row counts (`row_weights`).
 
 Source: Chung et al. (arXiv 2009.07453), algorithm 1.
@@ -9,10 +12,16 @@ Source: Chung et al. (arXiv 2009.07453), algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from onnxq.errors import BudgetError
 from onnxq.formats.binary import MOST_PLANES, BinaryFormat
+from onnxq.solvers.binary import BinaryFit, plane_errors
+
+_MEASURED_ELEMENTS = 1 << 19
+"""Of the rows that every number of planes is tried on."""
 
 
 def planes_by_frequency(counts: np.ndarray, clusters: int, ratio: float) -> np.ndarray:
@@ -98,6 +107,30 @@ def planes_by_loss(
             f"The budget of {budget_bits / 8:,.0f} bytes for a table [{n}, {k}] is below the floor of "
             f"{floor / 8:,.0f} bytes, which one plane for each row comes to."
         )
+    return _most_steps(errors, weights, lambda planes: price(planes) <= budget_bits)
+
+
+def planes_by_mean(errors: np.ndarray, weights: np.ndarray, mean: float) -> np.ndarray:
+    """The same with a ceiling of the planes of a row on average, 1 or more.
+
+    Args:
+        errors, weights: as of `planes_by_loss`.
+        mean: the ceiling.
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        ValueError: the ceiling is below one plane.
+    """
+    if not mean >= 1:
+        raise ValueError(f"rows have a plane at least: {mean=} must be 1 or more")
+    return _most_steps(errors, weights, lambda planes: bool(planes.sum() <= mean * len(errors)))
+
+
+def _most_steps(errors: np.ndarray, weights: np.ndarray, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """Planes of rows, int64 [N], after all steps, those that save most first, that fit; no step always does."""
+    n = len(errors)
     gains = convex_gains(errors * weights[:, None])
     order = np.argsort(-gains, axis=None, kind="stable")
     order = order[: int((gains > 0).sum())]
@@ -108,15 +141,60 @@ def planes_by_loss(
         return planes
 
     # All steps may cost less than all but one: an order is stored only where rows differ.
-    if price(after(len(order))) <= budget_bits:
+    if fits(after(len(order))):
         return after(len(order))
-    fits, breaks = 0, len(order)
-    while breaks - fits > 1:
-        middle = (fits + breaks) // 2
-        fits, breaks = (middle, breaks) if price(after(middle)) <= budget_bits else (fits, middle)
-    while fits and rows[fits] == rows[fits - 1] and saved[fits] == saved[fits - 1]:
-        fits -= 1
-    return after(fits)
+    taken, breaks = 0, len(order)
+    while breaks - taken > 1:
+        middle = (taken + breaks) // 2
+        taken, breaks = (middle, breaks) if fits(after(middle)) else (taken, middle)
+    while taken and rows[taken] == rows[taken - 1] and saved[taken] == saved[taken - 1]:
+        taken -= 1
+    return after(taken)
+
+
+def row_errors(
+    weight: np.ndarray,
+    format: BinaryFormat,
+    *,
+    fit: BinaryFit = BinaryFit.ALTERNATING,
+    most_elements: int = _MEASURED_ELEMENTS,
+) -> np.ndarray:
+    """Squared error of every row with 1 to 6 planes, float64 [N, 6]: `plane_errors` at a bounded cost.
+
+    One plane is tried on every row, more on evenly spaced ones. What more planes lose at the others follows from what
+    one does, both as shares of a row's squares: heavy tails cost at every width. The relation is a power law, fitted to
+    the rows that are measured.
+
+    Args:
+        weight: float [N, K].
+        format: for groups and offsets; its planes don't matter.
+        fit: see `BinaryFit`.
+        most_elements: of the rows that are measured.
+
+    Raises:
+        ValueError: see `binary_codes`.
+    """
+    n, k = weight.shape
+    count = max(most_elements // k, 2)
+    if n <= count:
+        return plane_errors(weight, format, fit=fit)
+    picked = np.unique(np.linspace(0, n - 1, count).astype(np.int64))
+    part = BinaryFormat.of(len(picked), 1, format.group_size, offset=format.offset)
+    measured = plane_errors(weight[picked], part, fit=fit)
+    first = plane_errors(weight, format, most=1, fit=fit)[:, 0]
+    squares = np.einsum("nk,nk->n", weight, weight, dtype=np.float64)
+    shares = np.divide(first, squares, out=np.zeros(n), where=squares > 0)
+    errors = np.zeros((n, MOST_PLANES))
+    errors[:, 0] = first
+    known = (shares[picked] > 0) & (measured > 0).all(axis=1)
+    if known.any():
+        rows = picked[known]
+        inputs = np.stack([np.log(shares[rows]), np.ones(len(rows))], axis=1)
+        wanted = np.log(measured[known, 1:] / squares[rows, None])
+        powers, levels = np.linalg.lstsq(inputs, wanted, rcond=None)[0]
+        errors[:, 1:] = squares[:, None] * np.exp(levels) * shares[:, None] ** np.maximum(powers, 0)
+    errors[picked] = measured
+    return np.minimum.accumulate(errors, axis=1)
 
 
 def convex_gains(losses: np.ndarray) -> np.ndarray:

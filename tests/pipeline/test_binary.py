@@ -69,9 +69,32 @@ def test_the_paper_s_levels_are_worse(source: Path, tmp_path: Path) -> None:
     assert losses["alternating"] < 0.8 * losses["greedy"]
 
 
-def test_there_is_no_stock_form() -> None:
-    with pytest.raises(RecipeError, match='target is "stock", which has no binary codes'):
-        recipe("binary", target="stock")
+def test_stock_onnx_runtime_runs_it_without_functions(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    report = quantize(source, out, recipe("binary", target="stock"))
+    onnx.checker.check_model(str(out), full_check=True)
+    assert not onnx.load(out).functions
+    assert {record.form for record in report.weights} == {"MatMulNBits of planes"}
+    inspected = inspect_model(out, reference=source)
+    assert not inspected.mismatches
+    by_name = {weight.name: weight for weight in inspected.weights}
+    for record in report.weights:
+        weight = by_name[record.name]
+        assert (weight.form, weight.kinds, weight.code_bits, weight.measured) == ("MatMulNBits", ("linear",), 3, True)
+        assert weight.relative_error == pytest.approx(record.relative_error, rel=1e-3)
+        # Three bits, and three scales of 16 bits for each row of 128 inputs or more.
+        assert 3 < weight.bits_per_weight <= 3 + 3 * 16 / 128
+    assert report.check is not None
+    assert report.check.relative_errors["y"] < 0.4
+    assert set(by_name) == {record.name for record in report.weights}
+
+
+def test_a_size_holds_with_stock_forms(source: Path, tmp_path: Path) -> None:
+    chosen = dataclasses.replace(recipe("binary", target="stock"), allocation=AllocationSpec("layer"))
+    least = quantize(source, tmp_path / "least.onnx", chosen, bits=1.2).bytes
+    for size in (least + 20_000, least + 40_000):
+        report = quantize(source, tmp_path / f"{size}.onnx", chosen, size=size)
+        assert 0.8 * size < report.bytes <= size
 
 
 def test_greedy_levels_are_of_binary_codes() -> None:

@@ -233,11 +233,11 @@ def test_an_interrupted_run_goes_on_with_frames(source: Path, tmp_path: Path, mo
     chosen, out = recipe(frame=FrameSpec(1.125, 1.25)), tmp_path / "s.onnx"
     solve, solved = pipeline.solve_weight, []
 
-    def interrupted(planned, statistics, store):
+    def interrupted(planned, *rest):
         if len(solved) == 3:
             raise KeyboardInterrupt
         solved.append(planned.weight.name)
-        return solve(planned, statistics, store)
+        return solve(planned, *rest)
 
     monkeypatch.setattr(pipeline, "solve_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -215,11 +215,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source: Path, tmp_path: Pat
     solve = pipeline.solve_weight
     solved = []
 
-    def interrupted(planned, statistics, store):
+    def interrupted(planned, *rest):
         if len(solved) == 2:
             raise KeyboardInterrupt
         solved.append(planned.weight.name)
-        return solve(planned, statistics, store)
+        return solve(planned, *rest)
 
     monkeypatch.setattr(pipeline, "solve_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):

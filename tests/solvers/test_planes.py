@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from onnxq.errors import BudgetError
 from onnxq.formats.binary import BinaryFormat
 from onnxq.solvers.binary import binary_codes, plane_errors
-from onnxq.solvers.planes import convex_gains, planes_by_frequency, planes_by_loss, row_weights
+from onnxq.solvers.planes import (
+    convex_gains,
+    planes_by_frequency,
+    planes_by_loss,
+    planes_by_mean,
+    row_errors,
+    row_weights,
+)
 from tests.solvers.cases import heavy_tailed
 
 
@@ -162,3 +169,48 @@ def test_a_large_vocabulary_takes_no_time() -> None:
     cost = BinaryFormat.by_row(planes)[0].cost_bits(60000, 512)
     tile = 64 * (512 + 16)
     assert budget - tile < cost <= budget
+
+
+@given(tables(), st.floats(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_mean_planes_are_spent_as_well_as_bits(table: tuple[np.ndarray, np.ndarray], mean: float) -> None:
+    """All choices are tried. Steps that are one may leave less than a row's planes unspent."""
+    errors, weights = table
+    n, most = errors.shape
+    planes = planes_by_mean(errors, weights, mean)
+    assert planes.sum() <= mean * n
+    loss = float((errors[np.arange(n), planes - 1] * weights).sum())
+    for choice in itertools.product(range(1, most + 1), repeat=n):
+        if sum(choice) <= planes.sum():
+            assert loss <= float((errors[np.arange(n), np.array(choice) - 1] * weights).sum()) + 1e-9
+
+
+def test_mean_planes_by_hand() -> None:
+    """Steps save 6, 2 (twice as much counted: 12, 4) and 5, 1: the mean of 2 pays for the first of each."""
+    errors, weights = np.array([[9, 3, 1.0], [7, 2, 1]]), np.array([2.0, 1])
+    for mean, want in ((1, [1, 1]), (1.5, [2, 1]), (2, [2, 2]), (2.5, [3, 2]), (2.9, [3, 2]), (3, [3, 3])):
+        np.testing.assert_array_equal(planes_by_mean(errors, weights, mean), want)
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        planes_by_mean(errors, weights, 0.9)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_errors_of_a_large_table_follow_from_some_of_its_rows(offset: bool) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.standard_t(rng.integers(3, 30, (400, 1)), (400, 96)) * rng.lognormal(0, 0.5, (400, 1))
+    table[7] = 0
+    table = table.astype(np.float32)
+    format = BinaryFormat.of(400, 1, 32, offset=offset)
+    exact = plane_errors(table, format)
+    found = row_errors(table, format, most_elements=100 * 96)
+    np.testing.assert_array_equal(row_errors(table, format), exact)
+    np.testing.assert_array_equal(found[:, 0], exact[:, 0])
+    measured = np.unique(np.linspace(0, 399, 100).astype(int))
+    np.testing.assert_array_equal(found[measured], exact[measured])
+    np.testing.assert_array_equal(found[7], np.zeros(6))
+    others = np.setdiff1d(np.arange(400), [*measured, 7])
+    # A plane is a factor of three and more: what is off by less moves few planes.
+    off = np.abs(np.log(found[others] / exact[others])).mean(axis=0)
+    assert (off < [1e-12, 0.15, 0.2, 0.3, 0.35, 0.4]).all()
+    assert np.corrcoef(np.log(found[others, 2]), np.log(exact[others, 2]))[0, 1] > 0.95
+    assert (np.diff(found, axis=1) <= 0).all()
