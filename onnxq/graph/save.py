@@ -81,6 +81,7 @@ class StreamingWriter:
         _check_output(self.path, self.data_path, force, sources)
         self._folder: Path | None = None
         self._file: BinaryIO | None = None
+        self._ready: tuple[Path, Path | None] | None = None
         self._offsets: dict[tuple[object, ...], int] = {}
         self._kept: list[ir.TensorProtocol] = []  # keeps the id() in a key from being given to another tensor
         self._appended: list[ir.ExternalTensor] = []
@@ -129,10 +130,18 @@ class StreamingWriter:
         return reference
 
     def finish(self, model: ir.Model, progress: Progress | None = None) -> SavedModel:
-        """Write what is left of the model and put both files in place.
+        """Write what is left of the model and put both files in place: `prepare`, then `publish`."""
+        self.prepare(model, progress)
+        return self.publish()
+
+    def prepare(self, model: ir.Model, progress: Progress | None = None) -> int:
+        """Write what is left of the model to the temporary folder.
 
         Initializers above `INLINE_BYTES` become external, smaller ones inline; those from `append` are only
         referred to; initializers that share their bytes are stored once. The model itself keeps its tensors.
+
+        Returns:
+            What both files come to, in bytes.
 
         Raises:
             ModelError: a source tensor can't be read, or what must stay inside the .onnx file exceeds 2 GB.
@@ -176,7 +185,16 @@ class StreamingWriter:
         file.close()
         self._file = None
         new_data = folder / self.data_path.name if external else None
-        _publish(new_model, self.path, new_data, self.data_path, folder)
+        self._ready = new_model, new_data
+        return sum(path.stat().st_size for path in self._ready if path is not None)
+
+    def publish(self) -> SavedModel:
+        """Put both files in place. Comes after `prepare`."""
+        if self._ready is None or self._folder is None:
+            raise RuntimeError("StreamingWriter.publish() comes after prepare(), inside the `with` block")
+        new_model, new_data = self._ready
+        external = new_data is not None
+        _publish(new_model, self.path, new_data, self.data_path, self._folder)
         for reference in self._appended:
             reference.base_dir = str(self.path.parent)
         data_bytes = self.data_path.stat().st_size if external else 0

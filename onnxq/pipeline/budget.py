@@ -37,8 +37,6 @@ _GRAPH_BYTES_PER_WEIGHT = 1500
 _REPORT_BYTES_PER_KEPT = 200
 _REPORT_BYTES = 3000
 _ALIGNMENT = 64
-_BYTES_PER_NODE = 320
-"""With names of the site and the weight."""
 _TRIES = 8
 """Allocations of one size: what is chosen decides what is left to spend."""
 _TABLE_BYTES = 512
@@ -114,6 +112,7 @@ def fit_budget(
     recipe: Recipe,
     loaded: LoadedModel,
     curves_of: Callable[[Sequence[Planned]], Curves],
+    spare: int = 0,
 ) -> tuple[Plan, tuple[BudgetRecord, ...]]:
     """The plan with widths chosen so that the budget holds.
 
@@ -121,6 +120,7 @@ def fit_budget(
         budget: the ceilings.
         plan, recipe, loaded: what to spend them on.
         curves_of: gives the curves of weights.
+        spare: bytes by which what is no weight stays below its upper bound (`fixed_bytes`), if that is known.
 
     Returns:
         The plan, and for each ceiling what was asked, the least that was possible, and what the plan comes to.
@@ -141,7 +141,8 @@ def fit_budget(
         measured = curves_of(share.items)
         curves = measured.points
         notes += [note for note in measured.notes if note not in notes]
-        spent = spend(curves, share, functools.partial(_fixed_with, loaded, plan, stock=recipe.target == "stock"))
+        fixed_with = functools.partial(_fixed_with, loaded, plan, stock=recipe.target == "stock", spare=spare)
+        spent = spend(curves, share, fixed_with)
         records.append(dataclasses.replace(share.record, floor=spent.floor, got=spent.got))
         if measured.kind != "layer":
             loss = sum(point.loss for point in spent.picks.values())
@@ -197,10 +198,12 @@ def _expected(kind: str, loss: float, what: str) -> str:
     return f"expected of the outputs for the rounding of {of}: {named}"
 
 
-def _fixed_with(loaded: LoadedModel, plan: Plan, picks: Mapping[str, Point[Planned]], *, stock: bool) -> int:
+def _fixed_with(
+    loaded: LoadedModel, plan: Plan, picks: Mapping[str, Point[Planned]], *, stock: bool, spare: int
+) -> int:
     """See `fixed_bytes`, of a plan that takes these formats."""
     planned = tuple(picks[item.weight.name].choice for item in plan.planned)
-    return fixed_bytes(loaded, dataclasses.replace(plan, planned=planned), stock=stock)
+    return fixed_bytes(loaded, dataclasses.replace(plan, planned=planned), stock=stock) - spare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,15 +330,15 @@ def _in_stock_ops(item: Planned) -> bool:
 
 
 def _node_bytes(plan: Plan) -> int:
-    """Of the nodes of binary weights in stock ops, where a site is many."""
-    nodes = 0
+    """Of the nodes of binary weights in stock ops, where a site is many, with names of the site and the weight."""
+    total = 0
     for item in filter(_in_stock_ops, plan.planned):
-        products = sum(site.kind == "linear" for site in item.weight.sites)
-        look_ups = len(item.weight.sites) - products
         formats = [format for option in item.options for format in option.formats if isinstance(format, BinaryFormat)]
-        counts = [planes_nodes(format, products=products, look_ups=look_ups) for format in formats]
-        nodes += item.weight.batch * max(counts, default=0)
-    return nodes * _BYTES_PER_NODE
+        for site in item.weight.sites if formats else ():
+            product = site.kind == "linear"
+            nodes = max(planes_nodes(format, products=product, look_ups=not product) for format in formats)
+            total += item.weight.batch * nodes * (110 + 5 * (len(item.weight.name) + len(site.name)) // 2)
+    return total
 
 
 def fixed_bytes(loaded: LoadedModel, plan: Plan, *, stock: bool = False) -> int:

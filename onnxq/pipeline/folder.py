@@ -197,12 +197,10 @@ class _FolderRun:
         if job.plan.planned:
             writer = StreamingWriter(path, source=job.loaded)
             with writer:
-                report = solve_and_write(job, writer, store, started)
-            if report.bytes < job.loaded.bytes_on_disk:
-                return report
-            for written in (path, path.with_name(path.name + ".data")):
-                written.unlink(missing_ok=True)
-            reason = f"quantised it would take {report.bytes:,} bytes, no fewer than its {job.loaded.bytes_on_disk:,}"
+                draft = solve_and_write(job, writer, store, started)
+                if draft.bytes < job.loaded.bytes_on_disk:
+                    return draft.publish()
+            reason = f"quantised it would take {draft.bytes:,} bytes, no fewer than its {job.loaded.bytes_on_disk:,}"
         else:
             reason = "it holds no weight that the recipe quantises"
         return _carried_graph(job, path, reason, started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from onnxq.errors import BudgetError, OnnxqError
 from onnxq.graph import StreamingWriter, load
 from onnxq.pipeline.bank import EncodingBank
-from onnxq.pipeline.budget import Budget, fit_budget
+from onnxq.pipeline.budget import Budget, fit_budget, fixed_bytes
 from onnxq.pipeline.curve_cache import CurveCache, Curves
 from onnxq.pipeline.curves import measure_curves
 from onnxq.pipeline.job import Job
@@ -24,10 +25,15 @@ from onnxq.pipeline.records import planned_report
 from onnxq.pipeline.resume import ResumeStore
 from onnxq.pipeline.sensitivity import Weighing, weigh
 from onnxq.pipeline.stages import Stages
-from onnxq.pipeline.write import solve_and_write
+from onnxq.pipeline.write import Draft, solve_and_write
 from onnxq.progress import NullProgress, Progress
 from onnxq.recipe import Recipe
 from onnxq.report.records import QuantizeReport
+
+_NEAR = 0.995
+"""Of a size: files below that are made again, with what the first ones left of the bound of what is no weight."""
+_MARGIN, _MARGIN_PER_WEIGHT = 256, 48
+"""Bytes by which names and numbers of the graph and the report may differ between two plans."""
 
 
 def quantize(
@@ -107,12 +113,24 @@ def quantize(
         else ResumeStore(out.with_name(out.name + ".resume"), {**job.identity(), "budget": dataclasses.asdict(budget)})
     )
     try:
-        if budget.asked:
-            job = _within(budget, job, store, curves)
-        if store is None:
-            return planned_report(job, out, started)
-        with writer:
-            report = solve_and_write(job, writer, store, started)
+        with contextlib.ExitStack() as open_writers:
+            fitting = None if not budget.asked else _Fitting(budget, job, store, curves)
+            fitted = job if fitting is None else fitting.fitted()
+            if store is None:
+                return planned_report(fitted, out, started)
+            draft = solve_and_write(fitted, open_writers.enter_context(writer), store, started)
+            if fitting is not None and size is not None and draft.bytes < _NEAR * size:
+                again = fitting.fitted(spare=fitting.spare(draft))
+                if [item.formats for item in again.plan.planned] != [item.formats for item in fitted.plan.planned]:
+                    fresh = StreamingWriter(out, force=force, source=loaded)
+                    closer = solve_and_write(_reopened(again), open_writers.enter_context(fresh), store, started)
+                    draft = max(draft, closer, key=lambda made: made.bytes if made.bytes <= size else -1)
+            if size is not None and draft.bytes > size:
+                raise BudgetError(
+                    f"The model came to {draft.bytes:,} bytes, above the {size:,} asked for, and was not written: the "
+                    "estimate of what is not weights was too low. Ask for a little less, and please report this model."
+                )
+            report = draft.publish()
     except OnnxqError:
         if store is not None:
             store.discard()
@@ -120,24 +138,43 @@ def quantize(
     finally:
         progress.finish()
     store.discard()
-    if size is not None and report.bytes > size:
-        for written in (out, out.with_name(out.name + ".data")):
-            written.unlink(missing_ok=True)
-        raise BudgetError(
-            f"The written model came to {report.bytes:,} bytes, above the {size:,} asked for, and was removed: the "
-            "estimate of what is not weights was too low. Ask for a little less, and please report this model."
-        )
     return report
 
 
-def _within(budget: Budget, job: Job, store: ResumeStore | None, cache: Path | None) -> Job:
-    """The job with widths chosen so that the budget holds."""
-    checkpoint = None
-    if store is not None and job.data is not None:
-        store.open()
-        checkpoint = store.folder / "sensitivities.state"
-    fitted, records = fit_budget(budget, job.plan, job.recipe, job.loaded, _curve_source(job, cache, checkpoint))
-    return dataclasses.replace(job, plan=fitted, budget=records)
+def _reopened(job: Job) -> Job:
+    """The job on a model that no pass has changed yet."""
+    loaded = load(job.loaded.path)
+    inline(loaded)
+    given = Given(job.recipe, job.threads, job.progress, job.trained, job.counts)
+    fresh = make_job(loaded, job.data, given)
+    chosen = {item.weight.name: item for item in job.plan.planned}
+    planned = tuple(dataclasses.replace(chosen[item.weight.name], weight=item.weight) for item in fresh.plan.planned)
+    return dataclasses.replace(fresh, plan=dataclasses.replace(job.plan, planned=planned), budget=job.budget)
+
+
+class _Fitting:
+    """Spends a budget on a job, again and again on curves that are measured once."""
+
+    def __init__(self, budget: Budget, job: Job, store: ResumeStore | None, cache: Path | None) -> None:
+        self._budget, self._job = budget, job
+        checkpoint = None
+        if store is not None and job.data is not None:
+            store.open()
+            checkpoint = store.folder / "sensitivities.state"
+        self._curves_of = _curve_source(job, cache, checkpoint)
+
+    def fitted(self, spare: int = 0) -> Job:
+        """The job with widths chosen so that the budget holds; `spare` as in `fit_budget`."""
+        job = self._job
+        plan, records = fit_budget(self._budget, job.plan, job.recipe, job.loaded, self._curves_of, spare)
+        return dataclasses.replace(job, plan=plan, budget=records)
+
+    def spare(self, draft: Draft) -> int:
+        """By how many bytes the bound of what is no weight was too high, with some left for names and numbers."""
+        job = draft.job
+        bound = fixed_bytes(job.loaded, job.plan, stock=job.recipe.target == "stock")
+        margin = _MARGIN + _MARGIN_PER_WEIGHT * len(job.plan.planned)
+        return max(bound - draft.beside_weights - margin, 0)
 
 
 def _curve_source(job: Job, folder: Path | None, checkpoint: Path | None) -> Callable[[Sequence[Planned]], Curves]:
@@ -158,7 +195,15 @@ def _curve_source(job: Job, folder: Path | None, checkpoint: Path | None) -> Cal
             threads=job.threads,
         )
 
+    measured: dict[tuple[str, ...], Curves] = {}
+
     def curves_of(items: Sequence[Planned]) -> Curves:
+        names = tuple(item.weight.name for item in items)
+        if names not in measured:
+            measured[names] = find(items)
+        return measured[names]
+
+    def find(items: Sequence[Planned]) -> Curves:
         known = cache.load(items)
         if known is not None:
             return dataclasses.replace(known, notes=(*known.notes, "rate and error were measured by an earlier run"))

@@ -28,8 +28,47 @@ RECIPE_PROPERTY = "onnxq.recipe"
 """Metadata key of a written model that holds its recipe."""
 
 
-def solve_and_write(job: Job, writer: StreamingWriter, store: ResumeStore, started: float) -> QuantizeReport:
-    """Carries out a plan. Weights are written as they are solved; the model comes last."""
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A model that is written, but not yet where it belongs.
+
+    Attributes:
+        job: what it came of.
+        writer: holds its files.
+        report: what became of its weights, sizes not counted.
+        bytes: of its files.
+        started: when the run began, by the monotonic clock.
+    """
+
+    job: Job
+    writer: StreamingWriter
+    report: QuantizeReport
+    bytes: int
+    started: float
+
+    @property
+    def beside_weights(self) -> int:
+        """Bytes of what is no weight."""
+        return self.bytes - sum(weight.bytes for weight in self.report.weights)
+
+    def publish(self) -> QuantizeReport:
+        """Puts the files in place and runs the model beside its source."""
+        job = self.job
+        saved = self.writer.publish()
+        check = None
+        if job.data is not None:
+            job.progress.start("checking", None)
+            check = check_outputs(job.loaded.path, saved.path, job.data, job.threads)
+        return dataclasses.replace(
+            self.report.as_written(saved.bytes),
+            seconds=time.monotonic() - self.started,
+            peak_memory=peak_bytes() or 0,
+            check=check,
+        )
+
+
+def solve_and_write(job: Job, writer: StreamingWriter, store: ResumeStore, started: float) -> Draft:
+    """Carries out a plan. Weights are written as they are solved; the model comes last, and is left unpublished."""
     model = job.loaded.model
     output = _Output(job, writer, plan_inputs(job.plan.planned, job.recipe, job.stages))
     notes = [*job.plan.notes]
@@ -71,17 +110,7 @@ def solve_and_write(job: Job, writer: StreamingWriter, store: ResumeStore, start
     output.rewrite(model)
     model.metadata_props[RECIPE_PROPERTY] = job.recipe.to_yaml()
     model.metadata_props[REPORT_PROPERTY] = report.to_json()
-    saved = writer.finish(model)
-    check = None
-    if job.data is not None:
-        job.progress.start("checking", None)
-        check = check_outputs(job.loaded.path, saved.path, job.data, job.threads)
-    return dataclasses.replace(
-        report.as_written(saved.bytes),
-        seconds=time.monotonic() - started,
-        peak_memory=peak_bytes() or 0,
-        check=check,
-    )
+    return Draft(job, writer, report, writer.prepare(model), started)
 
 
 def _stages(job: Job) -> Iterator[tuple[list[Planned], Collected | None, SequentialCalibration | None]]:

@@ -10,11 +10,13 @@ import pytest
 
 import onnxq
 from onnxq.errors import BudgetError, ModelError
+from onnxq.pipeline import run
 from onnxq.pipeline import sensitivity as weighing
 from onnxq.recipe import AllocationSpec, LinearPlan, Recipe, SolverSpec
 from onnxq.report.records import QuantizeReport
 from tests.graph import models
 from tests.graph.models import floats, node, weight
+from tests.pipeline.test_quantize import stack
 
 LAYER = Recipe("small", min_elements=64, allocation=AllocationSpec("layer"))
 GRADIENT = dataclasses.replace(LAYER, allocation=AllocationSpec("gradient", samples=8))
@@ -122,3 +124,17 @@ def test_an_interrupted_run_keeps_its_sensitivities(
     assert len(seen) == 1
     assert report.budget
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "model.onnx", "s.onnx", "s.onnx.data"]
+
+
+def test_what_the_bound_leaves_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of the graph are bounded before it is written; a second allocation knows them."""
+    source = models.save(stack(6, 128), tmp_path / "m.onnx")
+    size = 56_000
+    near = onnxq.quantize(source, tmp_path / "near.onnx", recipe=LAYER, size=size)
+    monkeypatch.setattr(run, "_NEAR", 0.0)
+    once = onnxq.quantize(source, tmp_path / "once.onnx", recipe=LAYER, size=size)
+    assert once.bytes < near.bytes <= size
+    assert near.bytes > 0.95 * size
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "m.onnx", "near.onnx", "near.onnx.data", "once.onnx", "once.onnx.data",
+    ]  # fmt: skip
