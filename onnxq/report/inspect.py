@@ -19,6 +19,7 @@ from onnxq.graph import SiteReport, Skipped, find_weights
 from onnxq.graph.load import all_tensors, find_model_file
 from onnxq.graph.tensors import WEIGHT_TYPES, data_identity
 from onnxq.passes.forms.framed import ARRAY_PREFIX
+from onnxq.passes.forms.planes import TABLE_PREFIX
 from onnxq.report.records import REPORT_PROPERTY, KeptRecord, QuantizeReport
 from onnxq.report.stored import Part, stored_parts
 from onnxq.report.units import count, size
@@ -170,14 +171,14 @@ def inspect_model(path: str | Path, *, reference: str | Path | None = None) -> I
                 outputs=tuple(_outputs(node) for part in group for node in part.nodes),
             )
         )
-    weights += _float_weights(found)
+    weights += _float_weights(found, quantised)
     if report is not None:
         mismatches += _differences(weights, report)
     reasons = {} if report is None else {record.name: record.reason for record in report.kept}
     kept = tuple(
         KeptRecord(item.name, item.shape, item.dtype.name, item.bytes, reasons.get(item.name) or _reason(item))
         for item in found.skipped
-        if not _is_part(model, item.name, quantised)
+        if not _is_part(model, item.name, quantised) and not item.name.startswith(TABLE_PREFIX)
     )
     tensors = list(all_tensors(model))
     data_files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
@@ -239,7 +240,8 @@ def _is_part(model: ir.Model, name: str, quantised: set[int]) -> bool:
     return any(id(graph.initializers.get(name)) in quantised for graph in model.graphs() if name in graph.initializers)
 
 
-def _float_weights(found: SiteReport) -> list[InspectedWeight]:
+def _float_weights(found: SiteReport, quantised: set[int]) -> list[InspectedWeight]:
+    """Weights that are stored as floats; side data of quantised ones may stand in products too."""
     return [
         InspectedWeight(
             name=weight.name,
@@ -258,6 +260,7 @@ def _float_weights(found: SiteReport) -> list[InspectedWeight]:
         )
         for weight in found.weights
         if not weight.name.startswith(ARRAY_PREFIX)  # transforms in standard ops
+        and not any(id(root) in quantised for root in weight.roots)
     ]
 
 

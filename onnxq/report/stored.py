@@ -22,6 +22,7 @@ from onnxq.formats.uniform import PackedUniform, UniformEncoding, UniformFormat,
 from onnxq.graph.tensors import WEIGHT_TYPES, read_array
 from onnxq.passes.rewrite import WEIGHT_PROPERTY
 from onnxq.report.stored_frames import around, half_steps
+from onnxq.report.stored_planes import planes_of
 from onnxq.runtime.optimized import initializer, nodes_of, stored_behind
 
 _SMALLEST = 64
@@ -70,6 +71,12 @@ def stored_parts(model: ir.Model) -> list[Part]:
     """Every quantised matrix of a model, in the order of its first reader; shared ones once."""
     found: dict[ir.Value, Part] = {}
     for node in nodes_of(model):
+        if (planes := planes_of(node, model)) is not None:
+            format, k, held, whole = planes
+            kind = "linear" if node.op_type == "MatMulNBits" else "table"
+            weight = _Found(format.planes[0], k, format.mean_planes(), format.label(), kind, whole)
+            _add(found, node, weight, dict.fromkeys(held))
+            continue
         reader = _READERS.get((node.domain, node.op_type))
         if reader is None or not any(value is not None for value in node.inputs):
             continue
@@ -91,28 +98,26 @@ def stored_parts(model: ir.Model) -> list[Part]:
         if (node.domain, node.op_type) in _FRAMED:
             n, k, remark, decode = around(node, said.kind, said.n, said.k, said.decode)
             said = dataclasses.replace(said, n=n, k=k, label=said.label + remark, decode=decode)
-        known = found.get(codes[0])
-        if known is None:
-            name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes[0].name or node.name or "")
-            found[codes[0]] = Part(
-                name,
-                said.n,
-                said.k,
-                said.bits,
-                said.label,
-                (node,),
-                (said.kind,),
-                tuple(tensors),
-                said.decode,
-            )
-        else:
-            found[codes[0]] = dataclasses.replace(
-                known,
-                nodes=(*known.nodes, node),
-                kinds=tuple(dict.fromkeys((*known.kinds, said.kind))),
-                tensors=tuple(dict.fromkeys((*known.tensors, *tensors))),
-            )
+        _add(found, node, said, tensors)
     return list(found.values())
+
+
+def _add(found: dict[ir.Value, Part], node: ir.Node, said: _Found, tensors: Mapping[ir.Value, None]) -> None:
+    """Files what a node says of its weight under the weight's codes, the first of its tensors."""
+    codes = next(iter(tensors))
+    known = found.get(codes)
+    if known is None:
+        name = node.metadata_props.get(WEIGHT_PROPERTY) or _plain_name(codes.name or node.name or "")
+        found[codes] = Part(
+            name, said.n, said.k, said.bits, said.label, (node,), (said.kind,), tuple(tensors), said.decode
+        )
+        return
+    found[codes] = dataclasses.replace(
+        known,
+        nodes=(*known.nodes, node),
+        kinds=tuple(dict.fromkeys((*known.kinds, said.kind))),
+        tensors=tuple(dict.fromkeys((*known.tensors, *tensors))),
+    )
 
 
 def _plain_name(name: str) -> str:

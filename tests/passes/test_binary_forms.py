@@ -10,7 +10,7 @@ import pytest
 from onnxq.formats.binary import BinaryEncoding
 from onnxq.graph import find_weights
 from onnxq.graph.weights import Weight
-from onnxq.passes.forms import BinaryForm, Readers, StoredWeight, choose_form
+from onnxq.passes.forms import BinaryForm, PlanesForm, Readers, StoredWeight, choose_form
 from onnxq.passes.rewrite import Assignment, RewriteSitesPass, site_refusal
 from tests.encodings import random_binary, relative_error
 from tests.graph import models
@@ -25,19 +25,22 @@ def by_row(weight: Weight, seed: int) -> BinaryEncoding:
     return random_binary(planes, weight.k, GROUP, offset=True, seed=seed)
 
 
-def rewrite(proto: onnx.ModelProto, encode=by_row, *, stock: bool = False) -> tuple[ir.Model, ir.Model]:
+def rewrite(
+    proto: onnx.ModelProto, encode=by_row, *, stock: bool = False, opset: int = 21
+) -> tuple[ir.Model, ir.Model]:
     """The model with random binary weights in it, and the original with what they decode to."""
     model, reference = ir.from_proto(proto), ir.from_proto(proto)
     twins = {weight.name: weight for weight in find_weights(reference).weights}
-    assignments = []
+    assignments, shared = [], {}
     for seed, weight in enumerate(find_weights(model).weights):
         assert all(site_refusal(site, weight) is None for site in weight.sites)
         encoding = encode(weight, seed)
         readers = Readers.of(weight.sites)
-        form, note = choose_form(encoding, stock=stock, opset=21, readers=readers, accuracy_level=4)
-        assert isinstance(form, BinaryForm)
-        assert ("no binary codes" in note) == stock
-        tensors = initializers(form, encoding, weight.name, {})
+        form, note = choose_form(encoding, stock=stock, opset=opset, readers=readers, accuracy_level=4)
+        refused = stock and weight.k % 32 != 0
+        assert isinstance(form, PlanesForm if stock and not refused else BinaryForm)
+        assert ("are not whole blocks of 32" in note) == refused
+        tensors = initializers(form, encoding, weight.name, shared)
         part = StoredWeight(weight.name, form, encoding.shape, form.attributes(encoding), tensors)
         assignments.append(Assignment(weight, (part,)))
         for site in twins[weight.name].sites:
@@ -78,10 +81,9 @@ def tied(vocabulary: int = 150, width: int = 40) -> onnx.ModelProto:
     )
 
 
-@pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize("opset", [13, 21])
-def test_a_product_takes_its_bias_along(opset: int, stock: bool) -> None:
-    model = check(linear(opset=opset), {"x": X}, stock=stock)
+def test_a_product_takes_its_bias_along(opset: int) -> None:
+    model = check(linear(opset=opset), {"x": X})
     (node,) = [node for node in model.graph if node.op_type != "Constant"]
     assert (node.domain, node.op_type, node.name) == ("onnxq", "BinaryCodeMatMul", "fc")
     assert [value.name for value in node.inputs] == ["x", "w.codes", "w.scales", "w.offsets", "w.rank", "b"]
@@ -90,8 +92,9 @@ def test_a_product_takes_its_bias_along(opset: int, stock: bool) -> None:
 
 
 @pytest.mark.parametrize("lead", [(), ("s",), (2, "b", "s")], ids=len)
-def test_any_rank_and_ragged_sizes(lead: tuple[int | str, ...]) -> None:
-    check(linear(50, 33, lead), {"x": models.weight(*(2, 3, 4)[: len(lead)], 33)})
+@pytest.mark.parametrize("stock", [False, True])
+def test_any_rank_and_ragged_sizes(lead: tuple[int | str, ...], stock: bool) -> None:
+    check(linear(50, 33, lead), {"x": models.weight(*(2, 3, 4)[: len(lead)], 33)}, stock=stock)
 
 
 def test_a_plain_weight_stores_no_offsets_and_no_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from onnxq.formats.binary import BinaryEncoding
 from onnxq.graph import StreamingWriter
 from onnxq.graph.weights import Weight
+from onnxq.passes.forms.planes import PLANES_PROPERTY
 from onnxq.report.inspect import inspect_model
 from onnxq.report.stored import stored_parts
 from onnxq.runtime.doctor import diagnose
@@ -28,9 +30,9 @@ def plain(weight: Weight, seed: int) -> BinaryEncoding:
     return random_binary([2] * weight.n, weight.k, seed=seed)
 
 
-def write(folder: Path, proto: onnx.ModelProto, encode=plain) -> Path:
+def write(folder: Path, proto: onnx.ModelProto, encode=plain, *, stock: bool = False) -> Path:
     """A written model; what its weights decode to is in float.onnx beside it."""
-    model, reference = rewrite(proto, encode)
+    model, reference = rewrite(proto, encode, stock=stock)
     ir.save(reference, folder / "float.onnx")
     with StreamingWriter(folder / "small.onnx") as writer:
         writer.finish(model)
@@ -69,3 +71,30 @@ def test_the_doctor_knows_the_body(tmp_path: Path) -> None:
     (finding,) = diagnose(write(tmp_path, linear(N, K)), library=False).findings
     assert (finding.weight, finding.verdict.value) == ("w", "folded")
     assert np.isclose(finding.memory_bytes, 4 * N * K, rtol=0.1)
+
+
+@pytest.mark.parametrize("encode", [plain, by_row])
+def test_stock_ops_are_read_back(encode, tmp_path: Path) -> None:
+    path = write(tmp_path, tied(150, 64), encode, stock=True)
+    inspected = inspect_model(path, reference=path.with_name("float.onnx"))
+    (weight,) = inspected.weights
+    assert (weight.name, weight.shape, weight.kinds) == ("e", (150, 64), ("table", "linear"))
+    assert set(weight.form.split(" + ")) == {"Gather", "MatMulNBits"}
+    assert weight.relative_error == 0
+    assert not inspected.kept
+    assert weight.code_bits == 2 if encode is plain else 2 < weight.code_bits < 3
+
+
+@pytest.mark.parametrize("wrong", ['"planes": [9, 3]', '"tensors": {"signs": "none"}', "{"])
+def test_a_layout_that_does_not_fit_is_not_ours(wrong: str, tmp_path: Path) -> None:
+    proto = onnx.load(write(tmp_path, linear(N, K), stock=True))
+    (node,) = (node for node in proto.graph.node if node.op_type == "MatMulNBits")
+    (about,) = (entry for entry in node.metadata_props if entry.key == PLANES_PROPERTY)
+    about.value = wrong if wrong == "{" else json.dumps({**json.loads(about.value), **json.loads("{" + wrong + "}")})
+    for part in stored_parts(ir.from_proto(proto)):
+        assert not part.label.startswith("binary")
+
+
+def test_the_doctor_finds_stock_products_fast(tmp_path: Path) -> None:
+    found = diagnose(write(tmp_path, linear(N, K), by_row, stock=True), library=False).findings
+    assert {(finding.weight, finding.verdict.value) for finding in found} == {("w", "fast")}

@@ -20,8 +20,9 @@ from onnxq.passes.forms.codebook import CodebookForm
 from onnxq.passes.forms.float8 import Float8Form, Float8QdqForm, qdq_refusal
 from onnxq.passes.forms.framed import FramedForm
 from onnxq.passes.forms.int8 import Int8DynamicForm, Int8StaticForm, int8_refusal
-from onnxq.passes.forms.kernel import KernelForm
+from onnxq.passes.forms.kernel import FLOAT_ACTIVATIONS, KernelForm
 from onnxq.passes.forms.mixed import MixedForm
+from onnxq.passes.forms.planes import PlanesForm, planes_refusal
 from onnxq.passes.forms.stock import BlockForm, DequantizeForm, block_size, dequantize_refusal, stock_refusal
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "FramedForm",
     "KernelForm",
     "MixedForm",
+    "PlanesForm",
     "Readers",
     "StoredWeight",
     "choose_form",
@@ -97,8 +99,10 @@ def choose_form(
         note = "left as a function: stock ONNX Runtime has no mixed depths" if stock else ""
         return MixedForm(accuracy_level), note
     if isinstance(encoding, BinaryEncoding):
-        note = "left as a function: stock ONNX Runtime has no binary codes" if stock else ""
-        return BinaryForm(accuracy_level), note
+        refusal = planes_refusal(encoding, opset)
+        if stock and refusal is None:
+            return PlanesForm(accuracy_level if rounded is None else FLOAT_ACTIVATIONS), ""
+        return BinaryForm(accuracy_level), f"left as a function: {refusal}" if stock else ""
     if isinstance(encoding, Float8Encoding):
         refusal = qdq_refusal(opset, tables=readers.tables > 0)
         if stock and refusal is None:
