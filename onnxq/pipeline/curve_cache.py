@@ -74,15 +74,31 @@ class CurveCache:
         os.utime(self._file)
         return Curves(points, about["kind"], tuple(about["notes"]))
 
+    def _others(self, names: Sequence[str], kind: str) -> tuple[list[str], dict[str, np.ndarray]]:
+        """Other weights whose losses are of the same kind, and their arrays, numbered behind `names`."""
+        if self._file is None or not self._file.is_file():
+            return [], {}
+        with np.load(self._file) as known:
+            about = json.loads(str(known["about"]))
+            others = [name for name in about["names"] if name not in names] if about["kind"] == kind else []
+            places = {str(about["names"].index(name)): len(names) + i for i, name in enumerate(others)}
+            keys = [key.rpartition(".") for key in known.files if key != "about"]
+            kept = {f"{what}.{places[at]}": known[f"{what}.{at}"] for what, _, at in keys if at in places}
+        return others, kept
+
     def save(self, items: Sequence[Planned], curves: Curves) -> None:
-        """Keeps the curves of these weights in place of those that were kept before."""
+        """Keeps the curves of these weights beside those of others: products and tables may have a ceiling each."""
         if self._file is None or self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        about = {"names": [item.weight.name for item in items], "kind": curves.kind, "notes": curves.notes}
-        arrays: dict[str, np.ndarray] = {"about": np.array(json.dumps(about))}
+        names = [item.weight.name for item in items]
+        arrays: dict[str, np.ndarray] = {}
         for place, item in enumerate(items):
             arrays |= _stored(item, curves.points[item.weight.name], place)
+        others, kept = self._others(names, curves.kind)
+        arrays |= kept
+        about = {"names": [*names, *others], "kind": curves.kind, "notes": curves.notes}
+        arrays["about"] = np.array(json.dumps(about))
         partial = self._file.with_suffix(f".{os.getpid()}.npz")
         with partial.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the first for a flag
