@@ -36,3 +36,7 @@ class LibraryError(OnnxqError):
 
 class ExportError(OnnxqError):
     """A source model could not be brought to ONNX."""
+
+
+class TrainingError(OnnxqError):
+    """Retraining can't start or go on with what it was given."""

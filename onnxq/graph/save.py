@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxq.errors import ModelError, OnnxqError, OutputExistsError
 from onnxq.graph.load import LoadedModel, all_graphs, all_nodes
+from onnxq.graph.pool import DataPool, digest_of
 from onnxq.graph.tensors import copy_bytes, data_identity
 
 ALIGNMENT = 64
@@ -66,6 +67,7 @@ class StreamingWriter:
             beside it.
         force: replace an existing output.
         source: the model being quantised; writing over its files is refused even with ``force``.
+        pool: of the output's folder: bytes that another model of it holds are referred to, not written again.
 
     Raises:
         OutputExistsError: the output exists and ``force`` is not set, or it is the source.
@@ -73,7 +75,11 @@ class StreamingWriter:
     """
 
     def __init__(
-        self, out_path: str | os.PathLike[str], force: bool = False, source: LoadedModel | None = None
+        self,
+        out_path: str | os.PathLike[str],
+        force: bool = False,
+        source: LoadedModel | None = None,
+        pool: DataPool | None = None,
     ) -> None:
         self.path = Path(os.path.abspath(out_path))
         self.data_path = self.path.with_name(self.path.name + ".data")
@@ -82,6 +88,9 @@ class StreamingWriter:
         self._folder: Path | None = None
         self._file: BinaryIO | None = None
         self._ready: tuple[Path, Path | None] | None = None
+        self._pool = pool
+        self._written: list[tuple[str, int]] = []
+        self._borrowed: list[ir.ExternalTensor] = []
         self._offsets: dict[tuple[object, ...], int] = {}
         self._kept: list[ir.TensorProtocol] = []  # keeps the id() in a key from being given to another tensor
         self._appended: list[ir.ExternalTensor] = []
@@ -124,9 +133,11 @@ class StreamingWriter:
             if isinstance(data, np.ndarray):
                 return ir.tensor(data.copy(), name=name)  # the caller may reuse its buffer
             return _in_memory(tensor, name)
-        reference = self._reference(tensor, name, self._write(tensor))
-        file.flush()
-        self._appended.append(reference)
+        reference = self._borrow(tensor, name)
+        if reference is None:
+            reference = self._reference(tensor, name, self._write(tensor))
+            file.flush()
+            self._appended.append(reference)
         return reference
 
     def finish(self, model: ir.Model, progress: Progress | None = None) -> SavedModel:
@@ -160,7 +171,9 @@ class StreamingWriter:
                 return tensor
             if tensor.nbytes <= INLINE_BYTES:
                 return _in_memory(tensor, name) if isinstance(tensor, ir.ExternalTensor) else tensor
-            reference = self._reference(tensor, name, self._write(tensor, share=True))
+            reference = self._borrow(tensor, name)
+            if reference is None:
+                reference = self._reference(tensor, name, self._write(tensor, share=True))
             done += tensor.nbytes
             if progress is not None:
                 progress(min(done, total), total)
@@ -197,6 +210,9 @@ class StreamingWriter:
         _publish(new_model, self.path, new_data, self.data_path, self._folder)
         for reference in self._appended:
             reference.base_dir = str(self.path.parent)
+        if self._pool is not None:
+            for content, offset in self._written:
+                self._pool.add(content, self.data_path.name, offset)
         data_bytes = self.data_path.stat().st_size if external else 0
         return SavedModel(self.path, self.data_path if external else None, self.path.stat().st_size + data_bytes)
 
@@ -206,7 +222,19 @@ class StreamingWriter:
         return self._file
 
     def _is_ours(self, tensor: ir.TensorProtocol) -> bool:
+        if any(tensor is borrowed for borrowed in self._borrowed):
+            return True
         return isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == self._folder
+
+    def _borrow(self, tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor | None:
+        """A reference to another file of the folder that holds these bytes."""
+        found = None if self._pool is None else self._pool.find(digest_of(tensor))
+        if found is None:
+            return None
+        file, offset = found
+        reference = self._reference(tensor, name, offset, file=file, folder=self.path.parent)
+        self._borrowed.append(reference)
+        return reference
 
     def _write(self, tensor: ir.TensorProtocol, share: bool = False) -> int:
         """The offset of a tensor's bytes, written unless an equal region is there already."""
@@ -221,18 +249,22 @@ class StreamingWriter:
         if share:
             self._offsets[key] = offset
             self._kept.append(tensor)
+        if self._pool is not None:
+            self._written.append((digest_of(tensor), offset))
         return offset
 
-    def _reference(self, tensor: ir.TensorProtocol, name: str, offset: int) -> ir.ExternalTensor:
+    def _reference(
+        self, tensor: ir.TensorProtocol, name: str, offset: int, *, file: str = "", folder: Path | None = None
+    ) -> ir.ExternalTensor:
         return ir.ExternalTensor(
-            self.data_path.name,
+            file or self.data_path.name,
             offset,
             tensor.nbytes,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             doc_string=tensor.doc_string,
-            base_dir=str(self._folder),
+            base_dir=str(folder or self._folder),
         )
 
     def _refuse_overwriting_sources(self, model: ir.Model) -> None:

@@ -1,8 +1,8 @@
 """Quantising an exported model as users have it: a folder with graphs, tokenizer and configs.
 
 The graphs of an encoder-decoder model share weights, and work one after the other. So all are planned before the first
-is written: what two of them hold is stored alike in both and solved once, and one budget is spent on all files
-together.
+is written: what two of them hold is solved once and stored once, in the data file of the first, and one budget is spent
+on all files together.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 from onnxq.calibration import CalibrationData, model_inputs, open_data
 from onnxq.calibration.folder import FolderData
 from onnxq.calibration.generation import generates, record_generation
-from onnxq.errors import ModelError, OnnxqError, OutputExistsError
+from onnxq.errors import BudgetError, ModelError, OnnxqError, OutputExistsError
 from onnxq.graph import StreamingWriter, load
+from onnxq.graph.pool import DataPool
 from onnxq.graph.shared import find_shared
 from onnxq.pipeline.bank import EncodingBank
 from onnxq.pipeline.budget import Budget
@@ -125,6 +126,7 @@ class _FolderRun:
         self._data = FolderData(calibration, list(self._loaded), self._open_one)
         self._notes: tuple[str, ...] = ()
         self._ceilings: tuple[BudgetRecord, ...] = ()
+        self._pool = DataPool()
 
     def planned(self) -> FolderReport:
         """What would be done."""
@@ -144,6 +146,7 @@ class _FolderRun:
         try:
             jobs = self._fitted(jobs)
             reports = {name: self._write(job, fresh / name, store) for name, job in jobs.items()}
+            self._require_size(sum(report.bytes for report in reports.values()))
         except OnnxqError:
             store.discard()
             raise
@@ -195,7 +198,7 @@ class _FolderRun:
     def _write(self, job: Job, path: Path, store: ResumeStore) -> QuantizeReport:
         started = time.monotonic()
         if job.plan.planned:
-            writer = StreamingWriter(path, source=job.loaded)
+            writer = StreamingWriter(path, source=job.loaded, pool=self._pool)
             with writer:
                 draft = solve_and_write(job, writer, store, started)
                 if draft.bytes < job.loaded.bytes_on_disk:
@@ -204,6 +207,14 @@ class _FolderRun:
         else:
             reason = "it holds no weight that the recipe quantises"
         return _carried_graph(job, path, reason, started)
+
+    def _require_size(self, came_to: int) -> None:
+        asked = self._budget.size
+        if asked is not None and came_to > asked:
+            raise BudgetError(
+                f"The graphs came to {came_to:,} bytes, above the {asked:,} asked for, and were not written: the "
+                "estimate of what is not weights was too low. Ask for a little less, and please report this model."
+            )
 
     def _in_order(self, reports: Mapping[str, QuantizeReport]) -> dict[str, QuantizeReport]:
         return {name: reports[name] for name in self._loaded}

@@ -1,7 +1,7 @@
 """One budget for all graphs of a folder.
 
-A weight that several graphs hold is one choice: it takes its bytes in each of them. Losses of layers become losses of
-the folder's results where a trace was recorded (`onnxq.pipeline.scan`); elsewhere they are relative errors of layers.
+A weight that several graphs hold is one choice. Losses of layers become losses of the folder's results where a trace
+was recorded (`onnxq.pipeline.scan`); elsewhere they are relative errors of layers.
 """
 
 from __future__ import annotations
@@ -206,8 +206,12 @@ def _prices(leads: Mapping[tuple[str, ...], _Lead], jobs: Mapping[str, Job], tra
 
 
 def _times(curve: list[Point[Planned]], lead: _Lead, share: Share) -> list[Point[Planned]]:
-    """Points of a weight that takes its bytes in each file that holds it, under a ceiling of bytes."""
-    copies = len(lead.holders) if share.record.what == "size" else 1
+    """Points of a weight, under a ceiling of bytes as often as its bytes may be stored.
+
+    Files refer to each other's data (`onnxq.graph.pool`); but stock forms differ with what reads a weight.
+    """
+    stock = lead.item.recipe.target == "stock"
+    copies = len(lead.holders) if share.record.what == "size" and stock else 1
     return [dataclasses.replace(point, bits=point.bits * copies) for point in curve]
 
 

@@ -47,6 +47,11 @@ def stored(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
 
 
+def location(tensor: onnx.TensorProto) -> str | None:
+    """The data file of an initializer; None inside the model."""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+
+
 def table_of(report: FolderReport, graph: str, name: str) -> str:
     (record,) = (weight for weight in report[graph].weights if weight.name == name)
     return record.format
@@ -60,6 +65,10 @@ def test_a_shared_table_is_stored_alike(folder: Path, trace: Trace, tmp_path: Pa
     (encoders,) = (weight for weight in report[ENCODER].weights if weight.name == "table")
     assert encoders.kinds == ("table",)
     assert encoders.solver == "error-feedback"
+    first, second = (onnx.load(tmp_path / "out" / name, load_external_data=False) for name in (DECODER, ENCODER))
+    assert {location(tensor) for tensor in first.graph.initializer} <= {None, f"{DECODER}.data"}
+    codes = max((tensor for tensor in second.graph.initializer if "table" in tensor.name), key=lambda t: sum(t.dims))
+    assert location(codes) == f"{DECODER}.data"
     one, other = stored(tmp_path / "out" / ENCODER), stored(tmp_path / "out" / DECODER)
     pairs = [(one[f"table.{role}"], array) for name, array in other.items() if (role := name.partition("shared.")[2])]
     assert len(pairs) >= 2
