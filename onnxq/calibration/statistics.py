@@ -23,6 +23,7 @@ ranges: what rounding of activations needs instead, see `onnxq.calibration.range
 
 LEVELS: tuple[Level, ...] = ("none", "diagonal", "full", "ranges")
 BLOCK_ROWS = 2048
+_ROWS_AT_ONCE = 256
 _VERSION = 1
 _INDEX = "statistics.json"
 
@@ -88,7 +89,7 @@ _KINDS = {InputStatistics: "input", TableStatistics: "table", RangeStatistics: "
 class InputAccumulator:
     """Adds up rows of width K.
 
-    Peak memory, full level: 8 K^2 (totals) + 4 K^2 (one block's product) bytes, and one block of rows in float32;
+    Peak memory, full level: 8 K^2 (totals) + 4 K^2 (one block's product) bytes, and two blocks of rows in float32;
     `finish` holds 12 K^2 for a moment and leaves 4 K^2. Diagonal level: 24 K bytes.
     """
 
@@ -99,6 +100,7 @@ class InputAccumulator:
         self._squares = np.zeros(width)
         self._absmax = np.zeros(width, np.float32)
         self._moment = np.zeros((width, width)) if level == "full" else None
+        self._waiting: list[np.ndarray] = []
 
     def add(self, rows: np.ndarray) -> None:
         """Rows [n, K] of any float dtype."""
@@ -112,7 +114,19 @@ class InputAccumulator:
             if self._moment is None:
                 self._squares += np.einsum("nk,nk->k", block, block, dtype=np.float64)
             else:
-                self._moment += block.T @ block
+                self._wait(block)
+
+    def _wait(self, block: np.ndarray) -> None:
+        """A decoder's step is one row, and to add a product to the totals costs as much for it as for hundreds."""
+        self._waiting.append(block.copy())
+        if sum(len(part) for part in self._waiting) >= _ROWS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._moment is not None and self._waiting:
+            rows = np.concatenate(self._waiting)
+            self._moment += rows.T @ rows
+        self._waiting.clear()
 
     @property
     def finite(self) -> bool:
@@ -121,6 +135,7 @@ class InputAccumulator:
 
     def finish(self) -> InputStatistics:
         """The means. The accumulator is spent afterwards: its totals are divided in place."""
+        self._flush()
         rows = max(self.count, 1)
         moment = None
         if self._moment is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ import onnxruntime as ort
 
 from onnxq.errors import CalibrationError
 
-_INDEX = "trace.json"
+_INDEX, _ARRAYS = "trace.json", "arrays.bin"
+_ALIGNMENT = 64
 
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[Feed], Mapping[str, np.ndarray]]
@@ -46,18 +48,33 @@ class Link:
 
 
 @dataclasses.dataclass(frozen=True)
+class Region:
+    """Where an array is in the file of arrays.
+
+    Attributes:
+        offset: in bytes.
+        dtype: its NumPy name.
+        shape: its shape.
+    """
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """One run of a session.
 
     Attributes:
         graph: file name of its model.
-        arrays: file of each input.
+        arrays: where each input is kept.
         links: where inputs came from, of those that came from somewhere.
         sequence: number of the sentence, clip or other sample that it belongs to.
     """
 
     graph: str
-    arrays: Mapping[str, str]
+    arrays: Mapping[str, Region]
     links: Mapping[str, Link]
     sequence: int
 
@@ -80,12 +97,14 @@ class Trace:
         self.calls = tuple(
             Call(
                 call["graph"],
-                call["arrays"],
+                {name: Region(offset, dtype, tuple(shape)) for name, (offset, dtype, shape) in call["arrays"].items()},
                 {name: Link(*link) for name, link in call["links"].items()},
                 call["sequence"],
             )
             for call in plain
         )
+        # One map for all: a decoder's steps are thousands of small arrays.
+        self._data = np.memmap(self.folder / _ARRAYS, np.uint8, "r")
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -120,7 +139,7 @@ class Trace:
         last = kept[-1] if kept else -1
         # Samples are recorded one after the other, so that no call of a kept one lies behind.
         part = object.__new__(Trace)
-        part.folder = self.folder
+        part.folder, part._data = self.folder, self._data
         part.calls = tuple(call for call in self.calls if call.sequence <= last)
         return part
 
@@ -149,7 +168,14 @@ class Trace:
             yield call, outputs
 
     def _feed(self, call: Call) -> dict[str, np.ndarray]:
-        return {name: np.load(self.folder / file, mmap_mode="r") for name, file in call.arrays.items()}
+        return {name: self._array(region) for name, region in call.arrays.items()}
+
+    def _array(self, region: Region) -> np.ndarray:
+        dtype = np.dtype(region.dtype)
+        count = math.prod(region.shape)
+        data = self._data[region.offset : region.offset + count * dtype.itemsize]
+        array: np.ndarray = data.view(np.ndarray).view(dtype).reshape(region.shape)
+        return array
 
 
 class Recorder:
@@ -179,6 +205,8 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
             raise CalibrationError(f"{self.folder} is not empty: record into a new folder.")
+        self._file = (self.folder / _ARRAYS).open("wb")
+        self._regions: dict[bytes, Region] = {}
         self._calls: list[Call] = []
         self._origins: dict[bytes, Link] = {}
         self._sequence = -1
@@ -189,11 +217,19 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._file.write(b"\0")  # an empty file can't be mapped
+        self._file.close()
         if kind is not None:
             return
-        plain = [dataclasses.asdict(call) for call in self._calls]
-        for call in plain:
-            call["links"] = {name: [link["call"], link["output"]] for name, link in call["links"].items()}
+        plain = [
+            {
+                "graph": call.graph,
+                "arrays": {name: dataclasses.astuple(region) for name, region in call.arrays.items()},
+                "links": {name: dataclasses.astuple(link) for name, link in call.links.items()},
+                "sequence": call.sequence,
+            }
+            for call in self._calls
+        ]
         handle, partial = tempfile.mkstemp(dir=self.folder)
         with os.fdopen(handle, "w") as file:
             json.dump(plain, file)
@@ -219,9 +255,7 @@ class Recorder:
         arrays, links = {}, {}
         for name, array in feed.items():
             digest = _digest(array)
-            arrays[name] = f"{digest.hex()}.npy"
-            if not (self.folder / arrays[name]).is_file():
-                np.save(self.folder / arrays[name], array, allow_pickle=False)
+            arrays[name] = self._kept(digest, array)
             # Integers are tokens and masks, which stay; an empty cache is nobody's output.
             if array.dtype.kind == "f" and array.size and digest in self._origins:
                 links[name] = self._origins[digest]
@@ -229,6 +263,14 @@ class Recorder:
         for name, array in outputs.items():
             if array.dtype.kind == "f" and array.size:
                 self._origins[_digest(array)] = Link(number, name)
+
+    def _kept(self, digest: bytes, array: np.ndarray) -> Region:
+        """Where an array is, written unless an equal one is there."""
+        if digest not in self._regions:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._regions[digest] = Region(self._file.tell(), array.dtype.name, array.shape)
+            self._file.write(np.ascontiguousarray(array).tobytes())
+        return self._regions[digest]
 
 
 class RecordedSession:
