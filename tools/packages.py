@@ -4,7 +4,8 @@ importing it.
 Every package is pinned by name, version and sha256; nothing inside one is looked at before its hash is
 checked (pip is handed the hash too, because it runs a source distribution's metadata step while downloading).
 A Debian package is the exception: a release of the distribution has one version of it, whose signature apt checks,
-so only the files taken out of it are pinned. Nothing is unpickled, nothing is imported.
+so only the files taken out of it are pinned. The distribution's indices change with time, and nothing of them is
+pinned. Nothing is unpickled, nothing is imported.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Client(Enum):
     PIP_SDIST = "pip (sdist)"
     NPM = "npm"
     APT = "apt-get"
+    APT_INDICES = "indices by apt-get"
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,18 @@ class Package:
     """One file of one registry package.
 
     Attributes:
+        name: For `Client.APT_INDICES`, the indices of translated descriptions ("Translation-en Translation-pt_BR").
         version: For `Client.APT`, the one that was looked at; any version is taken.
-        sha256: Of the downloaded file (wheel, sdist or tarball), hexadecimal; None for `Client.APT`.
+        sha256: Of the downloaded file (wheel, sdist or tarball), hexadecimal; None where apt-get downloads.
+        platform: Of a wheel with compiled code (pip's platform tag). Any machine downloads this one: the pinned hash is
+            of one platform's file, and only data are read out of it.
     """
 
     client: Client
     name: str
     version: str
     sha256: str | None
+    platform: str | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.version} ({self.client.value})"
@@ -78,6 +84,8 @@ def _pip_command(package: Package, folder: Path) -> list[str]:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     # Only this package must be a source distribution: the build tools that pip needs may come as wheels.
     kind = ["--only-binary", ":all:"] if package.client is Client.PIP_WHEEL else ["--no-binary", package.name]
+    if package.platform is not None:
+        kind += ["--platform", package.platform, "--implementation", "cp", "--abi", "abi3"]
     return [*command, *kind, "--require-hashes", "--dest", str(folder / "got"), "-r", str(requirements)]
 
 
@@ -89,11 +97,26 @@ def _npm_command(package: Package, folder: Path) -> list[str]:
     return [npm, "pack", spec, "--ignore-scripts", "--silent", "--pack-destination", str(folder / "got")]
 
 
-def _apt_command(package: Package) -> list[str]:
+def _apt_command(package: Package, folder: Path) -> list[str]:
     apt = shutil.which("apt-get")
     if apt is None:
         raise FetchError(f"{package} needs apt-get, which is not on PATH: fetch it on Debian or one of its descendants")
-    return [apt, "download", "--quiet", package.name]
+    if package.client is Client.APT:
+        return [apt, "download", "--quiet", package.name]
+    # Lists and cache of its own: the machine's are left alone, and no rights are needed.
+    lists = folder / "got" / "lists"
+    (lists / "partial").mkdir(parents=True)
+    settings = {
+        "Acquire::Languages": ",".join(name.removeprefix("Translation-") for name in package.name.split()),
+        "Acquire::GzipIndexes": "false",
+        "Acquire::IndexTargets::deb::Packages::DefaultEnabled": "false",
+        "APT::Sandbox::User": "root",
+        "APT::Update::Post-Invoke-Success": "",
+        "Dir::Cache": str(folder / "cache"),
+        "Dir::State::lists": str(lists),
+    }
+    (folder / "cache").mkdir()
+    return [apt, "update", "--quiet", *(part for key, value in settings.items() for part in ("-o", f"{key}={value}"))]
 
 
 def download(package: Package, folder: Path) -> Path:
@@ -103,15 +126,15 @@ def download(package: Package, folder: Path) -> Path:
         folder: An empty, existing folder; the client's own files may stay in it.
 
     Returns:
-        The downloaded file.
+        The downloaded file; the folder of indices for `Client.APT_INDICES`.
 
     Raises:
         FetchError: The client failed (package gone, no network), or the file is not the pinned one.
     """
     got_folder = folder / "got"
     got_folder.mkdir()
-    if package.client is Client.APT:
-        command, place = _apt_command(package), got_folder  # apt-get writes where it is started
+    if package.client in (Client.APT, Client.APT_INDICES):
+        command, place = _apt_command(package, folder), got_folder  # apt-get downloads to where it is started
     else:
         command, place = (_npm_command if package.client is Client.NPM else _pip_command)(package, folder), folder
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False)
@@ -160,6 +183,11 @@ def read_archive(source: Path | bytes, wanted: Callable[[str], bool]) -> dict[st
     except tarfile.TarError as error:
         name = "the inner archive" if isinstance(source, bytes) else source.name
         raise FetchError(f"{name} is neither a zip nor a tar archive") from error
+
+
+def read_folder(folder: Path) -> Files:
+    """Contents of the files lying in `folder`, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def under(prefix: str) -> Callable[[Path], Files]:

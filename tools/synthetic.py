@@ -215,7 +215,7 @@ def build_encoder_decoder(shape: TransformerShape, folder: Path) -> None:
         forced_eos_token_id=0,
     )
     model = MarianMTModel(config)
-    _heavy_tails(model, shape.seed)
+    heavy_tails(model, shape.seed)
     model.save_pretrained(folder)
 
 
@@ -240,11 +240,11 @@ def build_decoder(shape: TransformerShape, folder: Path) -> None:
             eos_token_id=0,
         )
     )
-    _heavy_tails(model, shape.seed)
+    heavy_tails(model, shape.seed)
     model.save_pretrained(folder)
 
 
-def _heavy_tails(model: torch.nn.Module, seed: int) -> None:
+def heavy_tails(model: torch.nn.Module, seed: int) -> None:
     """Draw all matrices anew from the heavy-tailed distribution; tied ones once."""
     import torch
 

