@@ -90,7 +90,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if not self.clip > 0 or self.checkpoint_every < 1:
-            raise ValueError(f"clip must be above 0 and checkpoint_every 1 or more: {self.clip}, {self.checkpoint_every}")
+            raise ValueError(
+                f"clip must be above 0 and checkpoint_every 1 or more: {self.clip}, {self.checkpoint_every}"
+            )
 
 
 def growing_phases(blocks: Sequence[Sequence[Target]], phase: Phase) -> list[Phase]:

@@ -93,11 +93,14 @@ def _with_exact_rows(solved: BinaryEncoding, kept: BinaryEncoding, matrix: np.nd
     moved = dataclasses.replace(kept, scales=scales, offsets=offsets, gain=solved.gain)
     exact = (moved.dequantize() == matrix).all(axis=1)
     exact = exact if kept.order is None else exact[kept.order]
+    merged = solved.offsets
+    if merged is not None and moved.offsets is not None:
+        merged = np.where(exact[:, None], moved.offsets, merged)
     return dataclasses.replace(
         solved,
         codes=np.where(exact[:, None], moved.codes, solved.codes),
         scales=np.where(exact[:, None], moved.scales, solved.scales),
-        offsets=None if offsets is None else np.where(exact[:, None], offsets, solved.offsets),
+        offsets=merged,
     )
 
 

@@ -25,6 +25,8 @@ class Student:
         floats: parameters [..] that stood behind codes at the end of a former phase, by name.
 
     Attributes:
+        phase: as given.
+        chosen: parameters that its rules take.
         known: the last encodings, by name.
     """
 
@@ -36,7 +38,7 @@ class Student:
         known: Mapping[str, BinaryEncoding],
         floats: Mapping[str, Tensor],
     ) -> None:
-        self._module, self._phase, self._settings = module, phase, settings
+        self._module, self.phase, self._settings = module, phase, settings
         self.chosen = choose(module, phase.targets)
         self.known = {
             each.name: known[each.name]
@@ -54,7 +56,7 @@ class Student:
 
     def rates(self) -> dict[str, float]:
         """The highest learning rate of each leaf."""
-        return dict.fromkeys(self.leaves(), self._phase.rate)
+        return dict.fromkeys(self.leaves(), self.phase.rate)
 
     def load(self) -> None:
         """Gives the module the weights of the coming step."""
@@ -115,7 +117,7 @@ class ScalesStudent(Student):
 
     def rates(self) -> dict[str, float]:
         """See `Student.rates`."""
-        return {name: self._phase.scale_rate if "#" in name else self._phase.rate for name in self.leaves()}
+        return {name: self.phase.scale_rate if "#" in name else self.phase.rate for name in self.leaves()}
 
     def load(self) -> None:
         """See `Student.load`."""

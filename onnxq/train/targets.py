@@ -20,8 +20,9 @@ class Target:
     """A rule: parameters that a pattern matches, and their format. The first rule that matches a parameter holds.
 
     Attributes:
-        pattern: over parameter names such as ``decoder.layers.0.fc1.weight``, as of `fnmatch`: ``decoder.*.fc?.weight``.
-            Only matrices are meant; vectors that it matches stay float. A tied parameter is matched by any of its names.
+        pattern: over parameter names, as of `fnmatch`: ``decoder.*.fc?.weight`` takes ``decoder.layers.0.fc1.weight``.
+            Only matrices are meant; vectors that it matches stay float. A tied parameter is matched by any of its
+            names.
         planes: of every row, 1 to 6; or int [N], row by row; or None, which keeps the parameter float.
         group_size: inputs that share scales, a multiple of 32; None means the whole row.
         offset: whether groups have an offset.
@@ -92,7 +93,8 @@ def choose(module: nn.Module, targets: Sequence[Target]) -> list[Chosen]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
         parameters[id(parameter)] = parameter
-    chosen, used = [], set()
+    chosen: list[Chosen] = []
+    used: set[int] = set()
     for key, parameter in parameters.items():
         if parameter.dim() != 2:
             continue
@@ -123,5 +125,7 @@ def _chosen(name: str, parameter: nn.Parameter, target: Target) -> Chosen:
     try:
         format, order = target.format(parameter.shape[1 if target.transposed else 0])
     except ValueError as error:
-        raise TrainingError(f"The rule {target.pattern!r} does not suit {name} {list(parameter.shape)}: {error}.") from error
+        raise TrainingError(
+            f"The rule {target.pattern!r} does not suit {name} {list(parameter.shape)}: {error}."
+        ) from error
     return Chosen(name, parameter, target, format, order)

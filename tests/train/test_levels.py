@@ -35,7 +35,7 @@ def test_gradients_by_hand() -> None:
     levels = Levels(encoding)
     found = levels.decode()
     torch.testing.assert_close(found.detach(), torch.tensor([[3.0, 1.0]]))
-    found.sum().backward()
+    torch.autograd.backward(found.sum())
     torch.testing.assert_close(levels.factors.grad, torch.tensor([[[4.0]], [[0.0]]]))
 
 

@@ -49,7 +49,8 @@ class Pair(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.inner(self.embed(ids)).relu())
+        logits: torch.Tensor = self.head(self.inner(self.embed(ids)).relu())
+        return logits
 
 
 def _linear(matrix: np.ndarray) -> nn.Linear:

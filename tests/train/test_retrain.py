@@ -43,7 +43,8 @@ class Tiny(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.first(self.embed(ids).flatten(1)).relu()
-        return self.head(self.norm(self.drop(self.second(x)) + x))
+        logits: Tensor = self.head(self.norm(self.drop(self.second(x)) + x))
+        return logits
 
 
 def _batch(step: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def trained() -> Tiny:
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for step in range(1500):
         optimizer.zero_grad()
-        _cross_entropy(model, _batch(step)).backward()
+        torch.autograd.backward(_cross_entropy(model, _batch(step)))
         optimizer.step()
     assert _held_out(model.eval()) < 0.05
     return model
@@ -183,7 +184,7 @@ def _schedule(mode: str) -> list[Phase]:
     return [first, Phase(targets, 7, mode, period=3, rate=1e-3, validate_every=3)]  # type: ignore[arg-type]
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
@@ -192,7 +193,7 @@ class Stopped(Exception):
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, mode: str, stop: int) -> None:
     def stopping(step: int) -> tuple[Tensor, Tensor]:
         if step == stop:
-            raise Stopped
+            raise StopError
         return _batch(step)
 
     def run(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], path: Path | None) -> Retrained:
@@ -202,7 +203,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path, mode: str, stop:
 
     whole, parts, path = Tiny(), Tiny(), tmp_path / "run.npz"
     expected = run(whole, _batch, None)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         run(parts, stopping, path)
     torch.rand(7)  # what else draws from torch's generator must not matter
     resumed = Tiny(seed=9)  # nor what the module holds
