@@ -6,6 +6,7 @@ Softmax itself, activation functions, normalisations, residual sums and biases s
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -76,6 +77,14 @@ def attention_products(model: ir.Model) -> list[AttentionProduct]:
             found.append((node, graph, "scores"))
     names = make_unique([node.name or f"{role}_{number}" for number, (node, _, role) in enumerate(found)])
     return [AttentionProduct(name, node, role, graph) for name, (node, graph, role) in zip(names, found, strict=True)]
+
+
+def fused_attention(model: ir.Model) -> Counter[str]:
+    """Nodes in the main graph and its subgraphs that compute attention inside, out of our reach, by operator.
+
+    Such are ONNX's Attention and ONNX Runtime's MultiHeadAttention, GroupQueryAttention and others.
+    """
+    return Counter(node.op_type for node in places(model) if node.op_type.endswith("Attention"))
 
 
 class RoundAttentionPass(ir.passes.InPlacePass):

@@ -27,7 +27,7 @@ from onnxq.calibration.clipping import (
 )
 from onnxq.errors import RecipeError
 from onnxq.passes.activations import Rounding
-from onnxq.passes.attention import RoundAttentionPass, attention_products
+from onnxq.passes.attention import AttentionProduct, RoundAttentionPass, attention_products, fused_attention
 from onnxq.pipeline.plan import Planned
 from onnxq.pipeline.solve import Solved
 from onnxq.pipeline.stages import Stages
@@ -81,11 +81,15 @@ class InputPlans:
     Args:
         by_weight: inputs by the weight's name.
         attention: by site name, the roundings of attention's products.
+        notes: what a report should say of attention.
     """
 
-    def __init__(self, by_weight: Mapping[str, Inputs], attention: Mapping[str, Rounding]) -> None:
+    def __init__(
+        self, by_weight: Mapping[str, Inputs], attention: Mapping[str, Rounding], notes: Sequence[str] = ()
+    ) -> None:
         self._by_weight = by_weight
         self._attention = attention
+        self.notes = tuple(notes)
 
     @property
     def attention(self) -> int:
@@ -120,14 +124,15 @@ def plan_inputs(items: Sequence[Planned], recipe: Recipe, stages: Stages) -> Inp
         kind = _AUTO[0] if spec.kind == "auto" else spec.kind
         scale = ActivationScale(kind, 1.0) if static else None
         Rounding(kind, scale, stock).check_opset(stages.loaded.opset)
+    products = attention_products(stages.loaded.model) if spec is not None and spec.attention else []
     if stages.data is None:
         if static:
             raise RecipeError(
                 "linear.inputs has static scales, which come from data: give some with --calibration, or take "
                 'scale "token".'
             )
-        return InputPlans({item.weight.name: _inputs(spec, None, stock) for item in linear}, {})
-    products = attention_products(stages.loaded.model) if spec is not None and spec.attention else []
+        by_weight = {item.weight.name: _inputs(spec, None, stock) for item in linear}
+        return InputPlans(by_weight, *_attention(products, spec, None, stages, stock))
     requests = requests_for([item.weight for item in linear], "ranges")
     requests += [request for product in products for request in product.requests()]
     collected = stages.collect(requests)
@@ -135,17 +140,51 @@ def plan_inputs(items: Sequence[Planned], recipe: Recipe, stages: Stages) -> Inp
     seen = {item.weight.name: _seen(item, collected) for item in linear}
     kinds = _kinds(linear, seen, spec, collected)
     inputs = {name: _inputs(kinds[name], statistics, stock) for name, statistics in seen.items()}
-    attention = {}
+    return InputPlans(inputs, *_attention(products, spec, collected, stages, stock))
+
+
+def _attention(
+    products: Sequence[AttentionProduct],
+    spec: ActivationSpec | None,
+    collected: Collected | None,
+    stages: Stages,
+    stock: bool,
+) -> tuple[dict[str, Rounding], list[str]]:
+    """Roundings of attention's products by site name, and what is to be said of those that there are not.
+
+    collected: statistics of the products' inputs; None without data.
+    """
+    if spec is None or not spec.attention:
+        return {}, []
+    # Without a weight to try kinds on, the one that takes any spread.
+    plain = dataclasses.replace(spec, kind="e4m3fn") if spec.kind == "auto" else spec
+    roundings, unseen = {}, []
     for request in (request for product in products for request in product.requests()):
-        key = collected.sites.get(request.site_name)
-        found = None if key is None else collected.statistics.get(key)
-        if spec is not None and isinstance(found, RangeStatistics) and found.count:
-            # Without a weight to try kinds on, the one that takes any spread.
-            plain = dataclasses.replace(spec, kind="e4m3fn") if spec.kind == "auto" else spec
-            rounding = _rounding(plain, found, stock)
-            if rounding is not None:
-                attention[request.site_name] = rounding
-    return InputPlans(inputs, attention)
+        found = None if collected is None else collected.site(request.site_name)
+        statistics = found if isinstance(found, RangeStatistics) and found.count else None
+        rounding = _rounding(plain, statistics, stock)
+        if rounding is None:
+            unseen.append(request.site_name)
+        else:
+            roundings[request.site_name] = rounding
+    notes = []
+    if roundings:
+        notes.append(f"{len(roundings)} inputs of attention's products are rounded")
+    if unseen:
+        notes.append(
+            f"calibration saw no values of {len(unseen)} inputs of attention's products ({unseen[0]} among them); they "
+            "stay in float"
+        )
+    fused = fused_attention(stages.loaded.model)
+    if fused:
+        nodes = ", ".join(f"{count} {kind}" for kind, count in sorted(fused.items()))
+        notes.append(
+            f"attention inside fused nodes ({nodes}) stays in float: nothing can be rounded there. Export the model "
+            "with attention in MatMul and Softmax (eager attention)."
+        )
+    elif not products:
+        notes.append("attention was to be rounded, and the model has no products of attention")
+    return roundings, notes
 
 
 def _seen(item: Planned, collected: Collected) -> RangeStatistics | None:

@@ -12,9 +12,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from onnxq.calibration import Collected
 from onnxq.calibration.clipping import round_with
 from onnxq.errors import ModelError, RecipeError
+from onnxq.graph import load
+from onnxq.passes.attention import attention_products
 from onnxq.pipeline import inputs
+from onnxq.pipeline.stages import Stages
+from onnxq.progress import NullProgress
 from onnxq.recipe import ActivationSpec, Float8Spec, GridSpec, LinearPlan, Recipe
 from onnxq.report.records import QuantizeReport
 from tests.graph import models
@@ -123,6 +128,45 @@ def test_attention_is_rounded_where_it_is_asked_for(source: Path, tmp_path: Path
     assert "4 inputs of attention's products are rounded" in report.notes
     plain = outputs(out, LEVELS[0])
     assert np.linalg.norm(outputs(out) - plain) < SAME_RESULT * np.linalg.norm(plain)
+
+
+def plans_without_data(path: Path) -> inputs.InputPlans:
+    """What is planned for attention alone, by token."""
+    chosen = recipe("fp8", inputs=ActivationSpec(scale="token", attention=True))
+    return inputs.plan_inputs([], chosen, Stages(load(path), None, None, NullProgress()))
+
+
+def test_attention_by_token_needs_no_data(tmp_path: Path) -> None:
+    source = models.save(onnx.shape_inference.infer_shapes(block()), tmp_path / "shaped.onnx")
+    plans = plans_without_data(source)
+    assert plans.attention == 4
+    assert plans.notes == ("4 inputs of attention's products are rounded",)
+    out = tmp_path / "out.onnx"
+    chosen = recipe("fp8", inputs=ActivationSpec(scale="token", attention=True))
+    quantize(source, out, chosen, calibration=None)
+    assert nodes(out)["Float8RoundTokens"] == 4 + 4
+    want = outputs(source)
+    assert np.linalg.norm(outputs(out) - want) < EIGHT_BITS * np.linalg.norm(want)
+
+
+def test_attention_that_cannot_be_rounded_is_reported(tmp_path: Path) -> None:
+    fused = models.node("MultiHeadAttention", "x x x", "y", "/fused", domain="com.microsoft", num_heads=2)
+    plain = models.node("Relu", "x", "y", "/relu")
+    sizes = ["b", "s", WIDTH]
+    for step, words in ((fused, "fused nodes (1 MultiHeadAttention)"), (plain, "no products of attention")):
+        proto = models.model([step], [models.floats("x", sizes)], [models.floats("y", sizes)])
+        plans = plans_without_data(models.save(proto, tmp_path / f"{step.op_type}.onnx"))
+        assert plans.attention == 0
+        (note,) = plans.notes
+        assert words in note
+
+
+def test_attention_that_was_never_run_is_reported(source: Path) -> None:
+    stages = Stages(load(source), None, None, NullProgress())
+    products = attention_products(stages.loaded.model)
+    roundings, notes = inputs._attention(products, ActivationSpec(attention=True), Collected({}, {}), stages, False)
+    assert roundings == {}
+    assert [note.startswith("calibration saw no values of 4 inputs") for note in notes] == [True]
 
 
 def loud_model() -> onnx.ModelProto:
