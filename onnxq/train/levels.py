@@ -78,7 +78,8 @@ class Levels:
             rounded, codes = Levels(found), np.zeros_like(encoding.codes)
             for run in self._runs:
                 heights = rounded._heights(run)
-                rising, index = _nearest(heights, self._groups(latent[run.rows]))
+                levels, rising = heights.sort(1)
+                index = _nearest(levels, self._groups(latent[run.rows]))
                 near = rising.gather(1, index).reshape(len(run.rows), -1)[:, : encoding.shape[1]]
                 codes[run.stored] = near.to(torch.uint8).numpy()
         return dataclasses.replace(found, codes=codes)
@@ -86,12 +87,12 @@ class Levels:
     def _decode_run(self, run: _Run, latent: Tensor | None) -> Tensor:
         heights = self._heights(run)
         if latent is None:
-            codes = self._groups(torch.from_numpy(self._encoding.codes[run.stored])).to(torch.int64)
+            levels = heights
+            index = self._groups(torch.from_numpy(self._encoding.codes[run.stored])).to(torch.int64)
         else:
-            with torch.no_grad():
-                rising, index = _nearest(heights, self._groups(latent[run.rows]))
-                codes = rising.gather(1, index)
-        return heights.gather(1, codes).reshape(len(run.rows), -1)[:, : self._encoding.shape[1]]
+            levels, _ = heights.sort(1)
+            index = _nearest(levels.detach(), self._groups(latent[run.rows]))
+        return levels.gather(1, index).reshape(len(run.rows), -1)[:, : self._encoding.shape[1]]
 
     def _heights(self, run: _Run) -> Tensor:
         """What codes are worth in each group: [R * G, 2**planes]."""
@@ -119,8 +120,7 @@ class Levels:
         return stored
 
 
-def _nearest(heights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in the order of their levels, and at which of these the nearest is: int64 [M, L] and [M, S]."""
-    levels, rising = heights.sort(1)
+def _nearest(levels: Tensor, values: Tensor) -> Tensor:
+    """Which of rising levels [M, L] is nearest to each value: [M, S] to int64 [M, S]."""
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    return rising, torch.searchsorted(middles.contiguous(), values.contiguous())
+    return torch.searchsorted(middles.contiguous(), values.contiguous())

@@ -283,4 +283,6 @@ def _restore(student: Student, optimizer: torch.optim.Optimizer, state: State) -
     with torch.no_grad():
         for name, leaf in student.leaves().items():
             leaf.copy_(state.leaves[name])
-            optimizer.state[leaf] = dict(state.optimizer[name])
+            # A leaf that no loss has reached yet has no moments.
+            if name in state.optimizer:
+                optimizer.state[leaf] = dict(state.optimizer[name])
