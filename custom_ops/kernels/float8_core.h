@@ -3,8 +3,8 @@
 // standard-library function.
 //
 // Codes lie as the weight reads, [N, K], so an output is a dot product along K. Few rows of x meet the codes
-// as these are decoded. Many rows meet a stripe: codes decoded once, turned so that a vector holds
-// consecutive outputs.
+// as these are decoded. Many rows (float8_rows.h) meet panels: codes decoded once, turned so that a vector
+// holds consecutive outputs.
 
 using onnxq::kernels::Affine;
 using onnxq::kernels::Float8Kernels;
@@ -19,10 +19,6 @@ using onnxq::kernels::Range;
 #include "kernels/unroll.h"
 
 #include "kernels/sums.h"
-
-constexpr int kFloatChunkBlocks = 16;  // 512 inputs: sums are taken up half as often as in core.h, 2 % faster
-
-#include "kernels/float_rows.h"
 
 constexpr int kStep = 2 * Isa::kLanes;  // codes that are decoded together
 static_assert(kBlockDepth % kStep == 0, "groups are whole steps");
@@ -171,100 +167,7 @@ void FewRows(const Float8Weight& w, const float* x, const Range& range, const Ou
     }
 }
 
-constexpr int kLine = 64;  // bytes of a line of the cache
-constexpr int kTurn = 16;  // bytes that are turned at a time: outputs times inputs
-using TurnBytes = uint8_t __attribute__((vector_size(kTurn)));
-
-/// to [16][32], at 0 to 16: rows [16][kLine] turned into columns. Four rounds that pair a byte of one half of
-/// the rows with one of the other half do that.
-ONNXQ_INLINE void TurnCodes(const uint8_t* rows, uint8_t* to) {
-  TurnBytes v[kTurn];
-  Unroll<kTurn>([&](auto row) ONNXQ_INLINE_LAMBDA {
-    constexpr int i = decltype(row)::value;
-    __builtin_memcpy(&v[i], rows + i * kLine, kTurn);
-  });
-  Unroll<4>([&](auto) ONNXQ_INLINE_LAMBDA {
-    TurnBytes w[kTurn];
-    Unroll<kTurn / 2>([&](auto pair) ONNXQ_INLINE_LAMBDA {
-      constexpr int i = decltype(pair)::value;
-      constexpr int j = i + kTurn / 2;
-      w[2 * i] = __builtin_shufflevector(v[i], v[j], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      w[2 * i + 1] =
-          __builtin_shufflevector(v[i], v[j], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    });
-    __builtin_memcpy(v, w, sizeof v);
-  });
-  Unroll<kTurn>([&](auto row) ONNXQ_INLINE_LAMBDA {
-    constexpr int i = decltype(row)::value;
-    __builtin_memcpy(to + i * kTileOutputs, &v[i], kTurn);
-  });
-}
-
-/// The codes of one tile. Outputs beyond the last are copies of it, which nobody will store.
-struct TileCodes {
-  const Float8Weight& w;
-  int64_t outputs[kTileOutputs];
-
-  ONNXQ_INLINE TileCodes(const Float8Weight& weight, int64_t tile) : w(weight) {
-    for (int i = 0; i < kTileOutputs; ++i) outputs[i] = Min(tile * kTileOutputs + i, w.outputs - 1);
-  }
-
-  /// lines [32][kLine]: inputs from k on, zero beyond the last. Copied because rows that lie a power of two
-  /// apart displace each other in the cache before their lines are used up.
-  ONNXQ_INLINE void Copy(int64_t k, uint8_t* lines) const {
-    const int64_t count = Min<int64_t>(kLine, w.depth - k);
-    for (int i = 0; i < kTileOutputs; ++i, lines += kLine) {
-      const uint8_t* from = w.codes + outputs[i] * w.depth + k;
-      if (count == kLine) {
-        // What the next stripes of this tile will read; the processor does not look ahead on so many rows.
-        __builtin_prefetch(from + Min<int64_t>(kFloatChunkBlocks * kBlockDepth, w.depth - k));
-        __builtin_memcpy(lines, from, kLine);
-      } else {
-        for (int64_t j = 0; j < kLine; ++j) lines[j] = j < count ? from[j] : 0;
-      }
-    }
-  }
-};
-
-/// stripe [kPanels][kFloatChunkBlocks * 32][kPanelOutputs]: inputs [begin, end) of one tile, times its
-/// scales.
-template <int MantissaBits>
-ONNXQ_NOINLINE void DecodeStripe(const Float8Weight& w, int64_t tile, int64_t begin, int64_t end,
-                                 float* stripe) {
-  static_assert(kPanelOutputs == kStep);
-  const TileCodes codes(w, tile);
-  Isa::Floats scales[kTileVectors];
-  int64_t group = begin / w.group_depth;
-  TileScales(w, tile, group, scales);
-  alignas(64) uint8_t lines[kTileOutputs * kLine];
-  for (int64_t k = begin; k < end; k += kTurn, stripe += kTurn * kPanelOutputs) {
-    if (k % kLine == 0) codes.Copy(k, lines);
-    if (k == (group + 1) * w.group_depth) TileScales(w, tile, ++group, scales);
-    alignas(64) uint8_t turned[kTurn * kTileOutputs];
-    for (int i = 0; i < kTileOutputs; i += kTurn) TurnCodes(lines + i * kLine + k % kLine, turned + i);
-    for (int j = 0; j < kTurn; ++j)
-      for (int panel = 0; panel < kPanels; ++panel) {
-        Isa::Floats values[2];
-        Isa::template Float8<MantissaBits>(turned + j * kTileOutputs + panel * kStep, values);
-        float* to = stripe + (panel * kFloatChunkBlocks * kBlockDepth + j) * kPanelOutputs;
-        for (int i = 0; i < 2; ++i)
-          Isa::StoreFloats(to + i * Isa::kLanes, Isa::Mul(values[i], scales[2 * panel + i]));
-      }
-  }
-}
-
-template <int MantissaBits>
-void ManyRows(const Float8Weight& w, const float* x, const Range& range, const Output& out) {
-  alignas(64) float stripe[kFloatChunkBlocks * kBlockDepth * kTileOutputs];
-  const int64_t blocks = (w.depth + kBlockDepth - 1) / kBlockDepth;
-  for (int64_t b = 0; b < blocks; b += kFloatChunkBlocks) {
-    const int64_t b_end = Min(b + kFloatChunkBlocks, blocks);
-    for (int64_t tile = range.tile_begin; tile < range.tile_end; ++tile) {
-      DecodeStripe<MantissaBits>(w, tile, b * kBlockDepth, Min(b_end * kBlockDepth, w.depth), stripe);
-      MultiplyFloatStripe(w, stripe, tile, b, b_end, x, range, out);
-    }
-  }
-}
+#include "kernels/float8_rows.h"
 
 template <int MantissaBits>
 void DecodeRow(const Float8Weight& w, int64_t row, float* out) {

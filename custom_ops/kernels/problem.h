@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/compiler.h"
+
 namespace onnxq::kernels {
 
 constexpr int kTileOutputs = 32;  // outputs that share one run of the packed layout
@@ -146,11 +148,34 @@ struct CodebookProducts {
   Products window[4];
 };
 
+constexpr int64_t kFloat8Chunk = 384;  // inputs whose sums are taken together: 16 outputs take 24 KiB
+constexpr int64_t kFloat8Step = 8;     // inputs of one turn of the innermost loop
+
+/// How Float8Products::many_rows reads x: the rows of one task's range after those of the other. In a range,
+/// chunks of inputs follow one another, the last one in whole kFloat8Step with zeros beyond the depth; in a
+/// chunk, strips of rows, one register block each, input by input.
+struct Float8Strips {
+  int64_t rows;    ///< of the range
+  int64_t count;   ///< as few as hold the rows
+  int64_t each;    ///< rows of a strip
+  int64_t longer;  ///< so many, the first ones, have one more
+
+  /// most: KernelTable::gemm_rows_f32.
+  ONNXQ_INLINE Float8Strips(int64_t rows, int most)
+      : rows(rows), count((rows + most - 1) / most), each(rows / count), longer(rows % count) {}
+  /// First row of a strip.
+  ONNXQ_INLINE int64_t begin(int64_t strip) const { return strip * each + (strip < longer ? strip : longer); }
+  /// Inputs of a row, in whole steps.
+  static ONNXQ_INLINE int64_t Depth(int64_t depth) {
+    return (depth + kFloat8Step - 1) / kFloat8Step * kFloat8Step;
+  }
+};
+
 /// The products of 8-bit floats with one width of mantissa.
 struct Float8Products {
   /// x: [rows, depth]. The faster one up to kFloat8FewRows.
   void (*few_rows)(const Float8Weight&, const float* x, const Range&, const Output&);
-  /// x: [rows, depth].
+  /// x: see Float8Strips.
   void (*many_rows)(const Float8Weight&, const float* x, const Range&, const Output&);
   /// Row `row` of the weight, depth floats.
   void (*decode_row)(const Float8Weight&, int64_t row, float* out);

@@ -106,7 +106,8 @@ void RunCodes(const KernelTable& kernels, const Float8Kind& kind) {
   }
 }
 
-void RunProduct(const KernelTable& kernels, const Float8Kind& kind, const Case& c) {
+void RunProduct(const KernelTable& kernels, const Float8Kind& kind, const Case& c,
+                const std::vector<int64_t>& row_counts) {
   Random random{uint64_t(c.outputs * 31 + c.depth * 7 + c.group_size)};
   const std::string name = std::string(kernels.isa) + " " + kind.name + " N " + std::to_string(c.outputs) +
                            " K " + std::to_string(c.depth) + " group " + std::to_string(c.group_size);
@@ -121,7 +122,7 @@ void RunProduct(const KernelTable& kernels, const Float8Kind& kind, const Case& 
       Check(row[size_t(k)] == values[size_t(n * c.depth + k)], "row of " + name);
     }
   }
-  for (const int64_t rows : {0, 1, 2, 3, 4, 7, 8, 9, 33}) {
+  for (const int64_t rows : row_counts) {
     const auto x = Floats(random, rows * c.depth);
     const auto y = std::make_unique<float[]>(size_t(rows * c.outputs));
     std::fill_n(y.get(), rows * c.outputs, 1e9f);  // what lies there before must not count
@@ -269,7 +270,10 @@ int main(int argc, char** argv) {
              Case{31, 777, 512, false, false},
              Case{38, 129, 1 << 20, false, true},
          })
-      RunProduct(*kernels, kind, c);
+      RunProduct(*kernels, kind, c, {0, 1, 2, 3, 4, 7, 8, 9, 33});
+    // More rows than one task takes, then more than are copied together.
+    RunProduct(*kernels, kind, {40, 803, 803, false, false}, {59, 247});
+    RunProduct(*kernels, kind, {3, 9003, 512, false, true}, {247});
     RunRound(*kernels, kind);
     RunRoundRows(*kernels, kind);
   }

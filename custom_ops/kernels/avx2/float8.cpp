@@ -9,6 +9,9 @@
 namespace {
 #include "kernels/avx2/isa.h"
 
+/// Halves of finite numbers.
+ONNXQ_INLINE Isa::Floats LoadFiniteHalves(const uint16_t* p) { return Isa::LoadHalfFloats(p); }
+
 #include "kernels/float8_core.h"
 }  // namespace
 
