@@ -138,8 +138,10 @@ def _type(value: ir.Value) -> ir.DataType | None:
 
 
 def _array(value: ir.Value | None) -> np.ndarray:
-    """The tensor that alone is behind a value, as it is stored."""
-    (tensor,) = (t for v in stored_behind(value) if v.is_initializer() and (t := initializer(v)) is not None)
+    """The tensor that alone is behind a value, as it is stored: an initializer, or else what a Constant node holds."""
+    behind = stored_behind(value)
+    stored = [v for v in behind if v.is_initializer()] or behind
+    (tensor,) = (t for v in stored if (t := initializer(v)) is not None)
     return read_array(tensor)
 
 
@@ -305,8 +307,8 @@ def _describe_dequantize(node: ir.Node) -> _Found | None:
         for user in users
     )
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    scales = initializer(node.inputs[1])
-    grouping = f"blocks of {block}" if block else "per tensor" if scales is None or scales.size == 1 else "per column"
+    one_scale = all(_elements(value) == 1 for value in stored_behind(node.inputs[1]))
+    grouping = f"blocks of {block}" if block else "per tensor" if one_scale else "per column"
     flat = (dims[0], int(np.prod(dims[1:], dtype=np.int64)))
     n, k = (flat[1], flat[0]) if turned else flat
 

@@ -29,6 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.encoder(made / "float.onnx")
     onnxq.quantize(made / "float.onnx", made / "small.onnx", recipe=uniform_recipe(3, 32))
     onnxq.quantize(made / "float.onnx", made / "stock.onnx", recipe=uniform_recipe(4, 32, target="stock"))
+    ids = np.arange(64).reshape(4, 16)
+    feeds = [{"input_ids": ids, "attention_mask": np.ones_like(ids)}]
+    onnxq.quantize(made / "float.onnx", made / "int8.onnx", recipe="int8", calibration=feeds)
     return made
 
 
@@ -95,7 +98,7 @@ def test_a_report_that_is_no_json_is_said(folder: Path, tmp_path: Path) -> None:
     assert len(found.weights) == 5
 
 
-@pytest.mark.parametrize("name", ["small.onnx", "stock.onnx"])
+@pytest.mark.parametrize("name", ["small.onnx", "stock.onnx", "int8.onnx"])
 def test_errors_measured_against_the_float_model_are_those_reported(folder: Path, name: str) -> None:
     reported = inspect_model(folder / name)
     measured = inspect_model(folder / name, reference=folder / "float.onnx")
@@ -120,6 +123,12 @@ def test_weights_of_other_tools(tmp_path: Path) -> None:
     for build, (label, shape, bits) in expected.items():
         (weight,) = inspect_model(build(tmp_path / f"{build.__name__}.onnx")).weights
         assert (weight.format, weight.shape, weight.bits_per_weight) == (label, shape, bits)
+
+
+def test_columns_of_integers_are_told_from_tensors(folder: Path) -> None:
+    """Zero points of QDQ weights are constants of nodes, scales stand behind a Cast."""
+    labels = {part.name: part.label for part in stored_parts(read_graph(folder / "int8.onnx"))}
+    assert labels["layer.0.up.weight"] == "uint8 per column"
 
 
 @pytest.mark.parametrize("build", [models.fused, models.transposed, models.float8])
