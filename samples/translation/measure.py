@@ -63,14 +63,15 @@ def graph_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
 
 
-def ratios(source: int, found: int, shape: StudentShape = StudentShape()) -> tuple[float, float]:
+def ratios(source: int, found: int, shape: StudentShape | None = None) -> tuple[float, float]:
     """How many times smaller graphs are than the float folder: as it lies, and with its second embedding left out.
 
     Args:
         source: bytes of the float folder, both of whose graphs hold the embedding.
         found: bytes of the others as they lie: what they share is theirs once already.
-        shape: of the float model.
+        shape: of the float model; None is that of the artefact.
     """
+    shape = shape or StudentShape()
     return source / found, (source - 4 * shape.vocabulary * shape.hidden) / found
 
 
